@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of a DINO run, written from the run's own numbers: what is not passed in is not in the card."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+
+_TEMPLATE = files("hf_simprune.hub") / "templates" / "dino_backbone.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KNNRow:
+    """Weighted k-NN accuracy of one kind of features, as fractions; None where it was not measured.
+
+    Attributes:
+        features: such as "trained network, CLS" or "raw pixels".
+        all_labels: with every labelled image in the bank.
+        few_labels: mean over draws of a few labelled images a class.
+        few_labels_std: standard deviation over those draws.
+        trained: the row describes the network of this card; its numbers go into the card's metadata.
+    """
+
+    features: str
+    all_labels: float | None = None
+    few_labels: float | None = None
+    few_labels_std: float | None = None
+    trained: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCard:
+    """Everything a card says about a run.
+
+    Attributes:
+        name: title of the card, usually the repository's or the folder's name.
+        model_id: what `from_pretrained` takes, a Hub id or a folder.
+        model_class: the stock class that was saved, `ViTModel` or `DeiTModel`.
+        architecture: such as "ViT-micro (6 blocks, width 192, patch size 4, 28 px)".
+        dataset: name of the training images in words.
+        command: what was typed to start the run; access tokens in it are masked.
+        seed: of the run.
+        hardware: such as "2 CPU cores".
+        versions: of the libraries, by name.
+        token_reduction: name of the method; None if patches were not dropped.
+        keep_rate: fraction of the patch tokens kept at each stage.
+        dataset_id: the data set's Hub id, if it has one.
+        base_model: Hub id of the checkpoint that training started from.
+        license: Hub identifier of the weights' licence.
+        run: numbers of the run in the order shown, such as {"steps": 800, "images per second": 310}.
+        config: the run's arguments, by name; access tokens are masked.
+        evaluated_on: such as "360 test images".
+        knn: k-NN accuracies; rows without a number are left out.
+        knn_k, knn_temperature: of the k-NN classifier.
+        few_labels_name: heading of the few-label column, such as "10 labels a class, 20 draws".
+        gain: mean, low and high of the paired difference trained − random network, as fractions.
+        loss_curve, pruned_tokens: file names of the pictures beside the card.
+    """
+
+    name: str
+    model_id: str
+    model_class: str
+    architecture: str
+    dataset: str
+    command: str
+    seed: int
+    hardware: str
+    versions: Mapping[str, str]
+    token_reduction: str | None = None
+    keep_rate: float | None = None
+    dataset_id: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    run: Mapping[str, object] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
+    evaluated_on: str = "the evaluation split"
+    knn: Sequence[KNNRow] = ()
+    knn_k: int = 20
+    knn_temperature: float = 0.07
+    few_labels_name: str = "few labels"
+    gain: tuple[float, float, float] | None = None
+    loss_curve: str | None = None
+    pruned_tokens: str | None = None
+
+
+def render_model_card(card: TrainingCard) -> str:
+    """The text of `README.md`: metadata for the Hub, then the card in Markdown."""
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=["dino", "simprune", "vision", "self-supervised-learning"],
+        license=card.license,
+        datasets=card.dataset_id,
+        base_model=card.base_model,
+        model_name=card.name,
+        eval_results=_eval_results(card) or None,
+    )
+    rendered = ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE.read_text(encoding="utf-8"),
+        card=card,
+        knn_table=_knn_table(card),
+        gain=_gain_sentence(card),
+        run_table=_table(["", ""], list(card.run.items())),
+        command=_masked(card.command),
+        config_table=_table(["setting", "value"], [(f"`{k}`", f"`{_setting(k, v)}`") for k, v in card.config.items()]),
+        versions=", ".join(f"{name} {version}" for name, version in card.versions.items()),
+    )
+    return str(rendered).rstrip() + "\n"
+
+
+def _eval_results(card: TrainingCard) -> list[EvalResult]:
+    results = []
+    for row in card.knn:
+        columns = {"all labels": row.all_labels, card.few_labels_name: row.few_labels}
+        results += [
+            EvalResult(
+                task_type="image-classification",
+                task_name="k-NN classification of frozen features",
+                dataset_type=card.dataset_id or re.sub(r"[^\w.-]+", "-", card.dataset).strip("-"),
+                dataset_name=card.dataset,
+                metric_type="accuracy",
+                metric_name=f"k-NN accuracy, {row.features}, {name}",
+                metric_value=round(float(value), 4),
+            )
+            for name, value in columns.items()
+            if row.trained and value is not None
+        ]
+    return results
+
+
+def _knn_table(card: TrainingCard) -> str:
+    rows = [row for row in card.knn if row.all_labels is not None or row.few_labels is not None]
+    with_all = any(row.all_labels is not None for row in rows)
+    with_few = any(row.few_labels is not None for row in rows)
+    header = ["features"] + ["all labels"] * with_all + [card.few_labels_name] * with_few
+    body = []
+    for row in rows:
+        few = _percent(row.few_labels)
+        if row.few_labels is not None and row.few_labels_std is not None:
+            few = f"{100 * row.few_labels:.1f} ± {100 * row.few_labels_std:.1f} %"
+        body.append([row.features] + [_percent(row.all_labels)] * with_all + [few] * with_few)
+    return _table(header, body)
+
+
+def _gain_sentence(card: TrainingCard) -> str:
+    if card.gain is None:
+        return ""
+    mean, low, high = (100 * value for value in card.gain)
+    return (
+        f"Trained minus random network ({card.few_labels_name}, same draws for both): {mean:+.1f} points, "
+        f"95 % interval {low:+.1f} to {high:+.1f}."
+    )
+
+
+def _setting(name: str, value: object) -> str:
+    return "***" if name == "token" and value is not None else _masked(str(value))
+
+
+def _masked(text: str) -> str:
+    """Without access tokens: cards are public."""
+    return re.sub(r"\bhf_[A-Za-z0-9]{4,}", "***", re.sub(r"(--token[ =])\S+", r"\1***", text))
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; an empty string without rows."""
+    if not rows:
+        return ""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).replace("|", r"\|").split())
