@@ -71,7 +71,7 @@ class DualBranch(nn.Module):
     def forward(self, global_crops: Tensor, local_crops: Tensor | None, progress: Tensor) -> DualOutput:
         """Both branches on the global crops (2B, C, H, W), then the student on the local ones (L·B, C, h, w).
 
-        `progress` is the 0-dim position in the curriculum, in [0, 1]; a tensor, so that nothing recompiles as it moves.
+        `progress`, 0-dim, is the position in the curriculum, in [0, 1]; a tensor, so that nothing recompiles.
         """
         student, teacher, kept, seen = self._global_views(global_crops, progress)
         student_cls = [self.student.backbone.layernorm(student)]

@@ -10,7 +10,7 @@ from torch import Tensor
 class TeacherTargets(NamedTuple):
     """What the student is trained towards.
 
-    probabilities: (2B, K) centred, sharpened softmax of the teacher's logits; entropy: 0-dim, its mean entropy in nats.
+    probabilities: (2B, K) centred, sharpened softmax of the teacher's logits; entropy: 0-dim, their mean, in nats.
     """
 
     probabilities: Tensor

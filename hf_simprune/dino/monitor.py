@@ -45,7 +45,7 @@ class CollapseMonitor:
         for kind, count in (("uniform", self.uniform_steps), ("one-prototype", self.one_prototype_steps)):
             if count == PATIENCE_STEPS:
                 return (
-                    f"{kind} collapse at step {step}: for {PATIENCE_STEPS} steps KL = loss - H stayed below {KL_FLOOR} "
+                    f"{kind} collapse at step {step}: for {PATIENCE_STEPS} steps KL = loss - H was below {KL_FLOOR}, "
                     f"with teacher entropy H = {teacher_entropy:.3f} of ln({self.out_dim}) = {highest:.3f}; "
                     f"{ADVICE[kind]}"
                 )

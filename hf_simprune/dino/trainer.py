@@ -68,7 +68,7 @@ class Window:
 
 
 def step_seed(seed: int, batch: int, rank: int) -> int:
-    """Seed of torch's generators for one step (drop path, random reduction), so that resuming needs no stored state."""
+    """Seed of torch's generators in one step (drop path, random reduction): resuming needs no stored state."""
     digest = hashlib.blake2b(f"{seed}:{batch}:{rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -126,9 +126,10 @@ class DinoTrainer:
         checkpoint = find_checkpoint(self.settings.output_dir, resume_from)
         state = load_checkpoint(checkpoint, self.engine)
         for option, value in self._identity().items():
-            if state["identity"].get(option, value) != value and not self.settings.allow_schedule_change:
+            before = state["identity"].get(option, value)
+            if before != value and not self.settings.allow_schedule_change:
                 raise InputError(
-                    f"--resume_from_checkpoint {checkpoint}: {option} was {state['identity'][option]} and is now {value}; "
+                    f"--resume_from_checkpoint {checkpoint}: {option} was {before} and is now {value}; "
                     "use the original value, or --allow_schedule_change to go on with the new one"
                 )
         self.step = state["step"]
@@ -148,9 +149,7 @@ class DinoTrainer:
         """
         total = self.schedules.total_steps
         settings = self.settings
-        log = RunLog(
-            settings.output_dir / "metrics.jsonl", self.accelerator, self.step, total, settings.disable_tqdm
-        )
+        log = RunLog(settings.output_dir / "metrics.jsonl", self.accelerator, self.step, total, settings.disable_tqdm)
         try:
             with Interrupts() as interrupts:
                 if self.step == 0:

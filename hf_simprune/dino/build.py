@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From options to networks: student and teacher, the image processor, the augmentation."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import set_seed
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
+
+from ..errors import InputError
+from ..evaluation.features import build_image_processor
+from ..models import SimPruneDeiTConfig, SimPruneDeiTModel, SimPruneViTModel
+from ..models.architectures import build_backbone
+from ..reduction import build_reducer
+from .arguments import DinoArguments
+from .augmentation import AugmentationConfig
+from .dual_branch import Branch, DualBranch
+from .geometry import parse_config_overrides
+from .head import DinoHead
+from .resolve import ResolvedSettings
+from .schedules import DinoSchedules
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_MODELS = {"deit": SimPruneDeiTModel, SimPruneDeiTConfig.model_type: SimPruneDeiTModel}
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Mean and standard deviation of each channel, in 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def normalisation(args: DinoArguments) -> Normalisation:
+    """Of the checkpoint's own image processor where there is one, ImageNet's otherwise (as DINO has it)."""
+    if args.model_name_or_path is not None:
+        try:
+            processor = AutoImageProcessor.from_pretrained(
+                args.model_name_or_path, revision=args.model_revision, token=args.token, backend="pil"
+            )
+        except OSError:
+            return Normalisation(IMAGENET_MEAN, IMAGENET_STD)
+        return Normalisation(tuple(processor.image_mean), tuple(processor.image_std))
+    return Normalisation(IMAGENET_MEAN, IMAGENET_STD)
+
+
+def image_processor(settings: ResolvedSettings, norm: Normalisation) -> BaseImageProcessor:
+    """The processor saved with the model: resizes to the size the position embeddings are laid out for."""
+    return build_image_processor(settings.image_size, norm.mean, norm.std)
+
+
+def augmentation(args: DinoArguments, settings: ResolvedSettings, norm: Normalisation) -> AugmentationConfig:
+    return AugmentationConfig(
+        global_crop_size=settings.global_crop_size,
+        local_crop_size=settings.local_crop_size,
+        global_crops_scale=tuple(args.global_crops_scale),
+        local_crops_scale=tuple(args.local_crops_scale),
+        local_crops_number=args.local_crops_number,
+        hflip_prob=args.hflip_prob,
+        color_jitter=tuple(args.color_jitter),
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        blur_prob=settings.blur_prob,
+        solarize_prob=settings.solarize_prob,
+        image_mean=norm.mean,
+        image_std=norm.std,
+    )
+
+
+def attention_implementation(args: DinoArguments, device_type: str, precision: str) -> str:
+    """As asked for; else sdpa, except bf16 on the CPU, where plain softmax attention is faster."""
+    if args.attn_implementation is not None:
+        return args.attn_implementation
+    return "eager" if device_type == "cpu" and precision == "bf16" else "sdpa"
+
+
+def build_dual_branch(args: DinoArguments, settings: ResolvedSettings, attention: str = "sdpa") -> DualBranch:
+    """Student and teacher with equal weights, a function of the seed (and of the checkpoint, if one is given)."""
+    set_seed(args.seed)
+    branches = []
+    for drop_path_rate in (args.drop_path_rate, 0.0):
+        backbone = _backbone(args, settings, drop_path_rate)
+        backbone.set_attn_implementation(attention)
+        head = DinoHead(
+            backbone.config.hidden_size,
+            settings.out_dim,
+            args.head_hidden_dim,
+            args.head_bottleneck_dim,
+            args.norm_last_layer,
+        )
+        branches.append(Branch(backbone, head))
+    student, teacher = branches
+    if args.gradient_checkpointing:
+        student.backbone.activation_checkpointing_enable()
+    if args.torch_compile:
+        for branch in branches:
+            branch.backbone.compile_blocks()
+    reducer = build_reducer(args.token_reduction, args.keep_rate, args.matching)
+    return DualBranch(student, teacher, reducer, settings.reduction_layers)
+
+
+def build_schedules(args: DinoArguments, settings: ResolvedSettings) -> DinoSchedules:
+    return DinoSchedules(
+        total_steps=settings.total_steps,
+        learning_rate=settings.learning_rate,
+        min_learning_rate=args.min_learning_rate,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=args.weight_decay,
+        weight_decay_end=args.weight_decay_end,
+        momentum_teacher=settings.momentum_teacher,
+        teacher_temp=settings.teacher_temp,
+        warmup_teacher_temp=args.warmup_teacher_temp,
+        warmup_teacher_temp_intervals=settings.warmup_teacher_temp_intervals,
+        teacher_temp_interval=settings.teacher_temp_interval,
+        freeze_last_layer_steps=settings.freeze_last_layer_steps,
+        curriculum=args.curriculum,
+    )
+
+
+def _backbone(
+    args: DinoArguments, settings: ResolvedSettings, drop_path_rate: float
+) -> SimPruneViTModel | SimPruneDeiTModel:
+    if args.model_name_or_path is None:
+        return build_backbone(
+            settings.geometry.name,
+            settings.image_size,
+            settings.patch_size,
+            drop_path_rate,
+            **parse_config_overrides(args.config_overrides),
+        )
+    hub = {"revision": args.model_revision, "token": args.token}
+    model_class = _MODELS.get(_model_type(args, hub), SimPruneViTModel)
+    try:
+        model = model_class.from_pretrained(
+            args.model_name_or_path,
+            add_pooling_layer=False,
+            drop_path_rate=drop_path_rate,
+            dtype=torch.float32,
+            **{key: value for key, value in hub.items() if value is not None},
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model_name_or_path {args.model_name_or_path}: {' '.join(str(error).split())}") from None
+    if model.config.image_size != settings.image_size:
+        raise InputError(
+            f"--image_size {settings.image_size}: {args.model_name_or_path} was made for {model.config.image_size} "
+            "pixels; leave the option out and choose crops with --global_crop_size"
+        )
+    return model
+
+
+def _model_type(args: DinoArguments, hub: dict[str, str | None]) -> str:
+    return AutoConfig.from_pretrained(args.model_name_or_path, **hub).model_type

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoded bytes in, uint8 crops out: one decoding an image, one resampling a crop.
+
+Crops are resampled by torch's antialiased bicubic kernel for uint8, which takes a quarter of the time of
+`PIL.Image.crop(box).resize(size, BICUBIC)` and agrees with it within two levels of 255.
+"""
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional
+
+from .augmentation import GLOBAL_VIEWS, AugmentationConfig, sample_parameters
+
+
+# What Pillow raises for bytes that are no image, a broken one or one of absurd size.
+DECODING_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_ORIENTATION_TAG = 0x0112
+_TURNED_SIDEWAYS = 5  # orientations 5 to 8 exchange width and height
+_DRAFT_FACTORS = (8, 4, 2)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB.
+
+    Sixteen-bit greys keep their upper byte, floats in [0, 1] are spread over 255 levels, transparency is dropped as
+    stock image processors drop it.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        if image.mode.startswith("I;16") or (image.mode == "I" and values.max() > 255):
+            values = values // 256
+        elif image.mode == "F" and values.max() <= 1:
+            values = values * 255
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _oriented_size(image: Image.Image) -> tuple[int, int, int]:
+    """Width and height as the EXIF orientation wants them, and that orientation (1 when there is none)."""
+    orientation = image.getexif().get(_ORIENTATION_TAG, 1) if "exif" in image.info else 1
+    width, height = image.size
+    return (height, width, orientation) if orientation in range(_TURNED_SIDEWAYS, 9) else (width, height, orientation)
+
+
+def _load_pixels(image: Image.Image, orientation: int) -> Tensor:
+    image.load()
+    if orientation != 1:
+        image = ImageOps.exif_transpose(image)
+    return torch.from_numpy(np.array(to_rgb(image)))
+
+
+def decode_image(encoded: bytes) -> Tensor:
+    """Pixels uint8 (H, W, 3) of an encoded image, upright. Raises one of DECODING_ERRORS when it cannot be read."""
+    image = Image.open(io.BytesIO(encoded))
+    return _load_pixels(image, _oriented_size(image)[2])
+
+
+def image_size(encoded: bytes) -> tuple[int, int]:
+    """Upright (width, height) from the header alone."""
+    return _oriented_size(Image.open(io.BytesIO(encoded)))[:2]
+
+
+def draft_factor(boxes: np.ndarray, sizes: np.ndarray) -> int:
+    """Largest factor 8, 4, 2 or 1 by which a JPEG may be decoded smaller without up-sampling a crop by it.
+
+    `boxes` (V, 4) x0, y0, x1, y1; `sizes` (V,) output sides in pixels.
+    """
+    shorter = np.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
+    return next((factor for factor in _DRAFT_FACTORS if (shorter >= factor * sizes).all()), 1)
+
+
+def output_sizes(cfg: AugmentationConfig) -> np.ndarray:
+    """(V,) side of every view's crop."""
+    return np.array([cfg.global_crop_size] * GLOBAL_VIEWS + [cfg.local_crop_size] * cfg.local_crops_number)
+
+
+def cut_crops(pixels: Tensor, boxes: np.ndarray, size: int) -> Tensor:
+    """Crops uint8 (V, 3, size, size) of pixels (H, W, 3): whole-pixel `boxes` (V, 4), bicubic with antialiasing."""
+    planes = pixels.permute(2, 0, 1).unsqueeze(0)
+    out = torch.empty(len(boxes), 3, size, size, dtype=torch.uint8)
+    for crop, (left, top, right, bottom) in zip(out, boxes.tolist()):
+        part = planes[:, :, top:bottom, left:right]
+        crop.copy_(functional.interpolate(part, (size, size), mode="bicubic", antialias=True)[0])
+    return out
+
+
+def make_views(image: bytes | Tensor, cfg: AugmentationConfig, seed: int, epoch: int, key: int) -> dict[str, Any]:
+    """All crops of one image and the parameters of their photometric part.
+
+    `image` is encoded bytes or decoded pixels uint8 (H, W, 3). Returns `sample_parameters` of (seed, epoch, key)
+    without its boxes, `global_crops` uint8 (2, 3, H, W) and `local_crops` uint8 (L, 3, h, w) or None. Raises one of
+    DECODING_ERRORS when the bytes cannot be read.
+    """
+    if isinstance(image, Tensor):
+        parameters = sample_parameters(cfg, seed, epoch, key, image.shape[1], image.shape[0])
+        boxes, pixels = parameters.pop("boxes"), image
+    else:
+        opened = Image.open(io.BytesIO(image))
+        width, height, orientation = _oriented_size(opened)
+        parameters = sample_parameters(cfg, seed, epoch, key, width, height)
+        boxes = parameters.pop("boxes")
+        factor = draft_factor(boxes, output_sizes(cfg)) if opened.format == "JPEG" else 1
+        if factor > 1:
+            opened.draft("RGB", (opened.width // factor, opened.height // factor))
+        pixels = _load_pixels(opened, orientation)
+        if pixels.shape[1] != width or pixels.shape[0] != height:
+            boxes = _rescale_boxes(boxes, pixels.shape[1] / width, pixels.shape[0] / height)
+    local = None
+    if cfg.local_crops_number:
+        local = cut_crops(pixels, boxes[GLOBAL_VIEWS:], cfg.local_crop_size)
+    return {
+        **parameters,
+        "global_crops": cut_crops(pixels, boxes[:GLOBAL_VIEWS], cfg.global_crop_size),
+        "local_crops": local,
+    }
+
+
+def _rescale_boxes(boxes: np.ndarray, horizontal: float, vertical: float) -> np.ndarray:
+    """Boxes of the full image in a reduced one, to the nearest whole pixel."""
+    return np.rint(boxes * np.array([horizontal, vertical, horizontal, vertical])).astype(np.int64)

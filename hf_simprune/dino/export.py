@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The result of a run: a folder that stock transformers loads, with the training's own parts beside it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import BaseImageProcessor
+
+from ..models import SimPruneDeiTConfig, SimPruneDeiTModel, SimPruneViTConfig, SimPruneViTModel
+from ..models.stock import to_stock
+from .dual_branch import DualBranch
+
+
+TRAINING = "training"
+INITIAL = "initial"
+_FAMILIES = {
+    SimPruneViTConfig.model_type: (SimPruneViTConfig, SimPruneViTModel),
+    SimPruneDeiTConfig.model_type: (SimPruneDeiTConfig, SimPruneDeiTModel),
+}
+
+
+def save_initial(output_dir: Path, model: DualBranch) -> None:
+    """Keep the untrained backbone as a stock model in `training/initial`, to compare the trained one with."""
+    to_stock(model.teacher.backbone).save_pretrained(output_dir / TRAINING / INITIAL)
+
+
+def export_model(output_dir: Path, model: DualBranch, processor: BaseImageProcessor) -> None:
+    """Write the teacher's backbone as a stock ViT or DeiT with its image processor.
+
+    `training/` receives what only further training needs: the student, the teacher's backbone as this package has it
+    and both heads.
+    """
+    to_stock(model.teacher.backbone).save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    training = output_dir / TRAINING
+    model.teacher.backbone.save_pretrained(training / "teacher")
+    model.student.backbone.save_pretrained(training / "student")
+    for name, branch in (("teacher", model.teacher), ("student", model.student)):
+        save_file(_on_cpu(branch.head.state_dict()), training / f"{name}_head.safetensors")
+
+
+def load_teacher_backbone(output_dir: Path) -> SimPruneViTModel | SimPruneDeiTModel:
+    """The trained teacher's backbone of a finished run, as the training had it."""
+    folder = Path(output_dir) / TRAINING / "teacher"
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    config_class, model_class = _FAMILIES[model_type]
+    model = model_class(config_class.from_pretrained(folder), add_pooling_layer=False)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Indented JSON, the folder made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a finished run shows: the loss curve, the pruned tokens, the model card."""
+
+import os
+import platform
+import shlex
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .. import __version__
+from ..hub.model_card import KNNRow, TrainingCard, render_model_card
+from ..pictures import PrunedView, plot_loss_curve, plot_pruned_tokens
+from .arguments import DinoArguments
+from .build import Normalisation
+from .resolve import ResolvedSettings
+from .runlog import read_metrics
+from .snapshots import MOMENTS
+
+
+LOSS_CURVE = "loss_curve.png"
+PRUNED_TOKENS = "pruned_tokens.png"
+_LIBRARIES = ("torch", "transformers", "accelerate", "datasets")
+# What a reader may want to change or compare; paths and the Hub's options stay out of the card.
+_SHOWN = (
+    "architecture", "config_overrides", "model_name_or_path", "token_reduction", "keep_rate", "reduction_layers",
+    "curriculum", "matching", "global_crops_scale", "local_crops_scale", "local_crops_number",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "drop_path_rate", "weight_decay",
+    "weight_decay_end", "bf16", "fp16",
+)  # fmt: skip
+
+
+def draw_pictures(output_dir: Path, snapshots: Path, settings: ResolvedSettings, norm: Normalisation) -> None:
+    """Loss curve from `metrics.jsonl`; pruned tokens from the snapshots of a run with token reduction."""
+    records = read_metrics(output_dir / "metrics.jsonl")
+    if any("loss" in record for record in records):
+        plot_loss_curve(records, output_dir / LOSS_CURVE)
+    if snapshots.exists():
+        stages = [f"block {layer}" for layer in settings.reduction_layers]
+        moments, views = pruned_views(load_file(snapshots), settings, norm)
+        plot_pruned_tokens(views, [f"{moment} of training" for moment in moments], stages, output_dir / PRUNED_TOKENS)
+
+
+def pruned_views(
+    stored: dict[str, Tensor], settings: ResolvedSettings, norm: Normalisation
+) -> tuple[list[str], list[PrunedView]]:
+    """Rows for the picture from a snapshot file: for each image the student's view, then the teacher's."""
+    moments = [moment for moment in MOMENTS if moment in stored]
+    side = settings.global_crop_size // settings.patch_size
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (norm.mean, norm.std))
+    rows = []
+    for image, crops in enumerate(stored["views"]):
+        for branch, name in enumerate(("student", "teacher")):
+            pixels = (crops[branch] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+            grids = [np.asarray(stored[moment][image, branch]).reshape(side, side) for moment in moments]
+            rows.append(PrunedView(f"{name}, view {branch + 1}", pixels, grids))
+    return moments, rows
+
+
+def write_card(output_dir: Path, args: DinoArguments, settings: ResolvedSettings, model_class: str, seen: int) -> None:
+    """`README.md` from the run's own numbers. `seen` counts the images that went through training."""
+    records = read_metrics(output_dir / "metrics.jsonl")
+    accuracies = [record for record in records if "knn_accuracy" in record]
+    losses = [record for record in records if "loss" in record]
+    sizes = settings.geometry
+    run = {"steps": settings.total_steps, "images seen": seen, "global batch": settings.global_batch}
+    run |= {"peak learning rate": f"{settings.learning_rate:.4g}", "prototypes": settings.out_dim}
+    run |= {"teacher temperature": settings.teacher_temp, "teacher momentum": settings.momentum_teacher}
+    if losses:
+        speed = sorted(record["images_per_second"] for record in losses)[len(losses) // 2]
+        run |= {"last loss": f"{losses[-1]['loss']:.4f}", "images per second": f"{speed:.1f}"}
+    rows = []
+    if accuracies:
+        first, last = accuracies[0], accuracies[-1]
+        for key, name in (("knn_accuracy", "CLS"), ("knn_accuracy_patch_mean", "patch mean")):
+            if first["step"] == 0:
+                start = "random network" if args.model_name_or_path is None else "starting checkpoint"
+                rows.append(KNNRow(features=f"{start}, {name}", all_labels=first[key]))
+            if last["step"] > 0:
+                rows.append(KNNRow(features=f"trained network, {name}", all_labels=last[key], trained=True))
+    reduces = args.token_reduction != "none"
+    name = (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1]
+    card = TrainingCard(
+        name=args.run_name or name,
+        model_id=args.hub_model_id or args.output_dir,
+        model_class=model_class,
+        architecture=f"{sizes.name} ({sizes.depth} blocks, patch size {sizes.patch_size}, {sizes.image_size} px)",
+        dataset=Path(args.dataset_name_or_path).name,
+        dataset_id=args.dataset_name_or_path if is_hub_id(args.dataset_name_or_path) else None,
+        base_model=args.model_name_or_path if is_hub_id(args.model_name_or_path) else None,
+        command=" ".join(["python", *map(shlex.quote, sys.argv)]),
+        seed=args.seed,
+        hardware=hardware(),
+        versions=versions(),
+        token_reduction=args.token_reduction if reduces else None,
+        keep_rate=args.keep_rate if reduces else None,
+        run=run,
+        config={key: value for key, value in asdict(args).items() if key in _SHOWN and value is not None},
+        knn=rows,
+        knn_k=args.knn_k,
+        knn_temperature=args.knn_temperature,
+        loss_curve=LOSS_CURVE if (output_dir / LOSS_CURVE).exists() else None,
+        pruned_tokens=PRUNED_TOKENS if (output_dir / PRUNED_TOKENS).exists() else None,
+    )
+    (output_dir / "README.md").write_text(render_model_card(card), encoding="utf-8")
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether `name` is a Hub repository rather than something on this disk."""
+    return name is not None and not Path(name).exists() and name.count("/") <= 1
+
+
+def versions() -> dict[str, str]:
+    """Of this package and the libraries it stands on."""
+    return {"hf-simprune": __version__} | {name: version(name) for name in _LIBRARIES}
+
+
+def hardware() -> str:
+    """Such as "1 × NVIDIA H200" or "2 CPU cores (x86_64)"."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"

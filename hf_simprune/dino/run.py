@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole run, from options to the published folder; read it top to bottom."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, PartialState
+
+from ..hub.publish import create_repo_early, upload_run
+from ..reduction import window_offset
+from .arguments import DinoArguments
+from .build import (
+    attention_implementation,
+    augmentation,
+    build_dual_branch,
+    build_schedules,
+    image_processor,
+    normalisation,
+)
+from .engine import DinoEngine
+from .export import TRAINING, export_model, save_initial, write_json
+from .output_folder import RUN_FILE, check_output_dir, clear_previous_run
+from .report import draw_pictures, hardware, versions, write_card
+from .resolve import ResolvedSettings, describe, resolve
+from .run_data import open_data
+from .schedules import StepValues
+from .snapshots import PruningSnapshots, moment_steps
+from .trainer import DinoTrainer, LoopSettings
+from .validation import check_precision, hub_model_id, tracker_names, validate
+
+
+SNAPSHOTS = f"{TRAINING}/pruned_tokens.safetensors"
+
+
+def run_training(args: DinoArguments) -> None:
+    """Train, evaluate, export, draw, write the card and publish, as `args` say.
+
+    Raises:
+        InputError: bad input; raised before training starts.
+        TrainingError: the run cannot go on.
+        TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+    """
+    started = time.time()
+    validate(args)
+    output_dir = Path(args.output_dir)
+    check_output_dir(args)
+    accelerator = build_accelerator(args)
+    data = open_data(args)
+    settings = resolve(args, data.num_images, accelerator.num_processes)
+    repo_id = _create_repo(args, accelerator)
+    norm = normalisation(args)
+    processor = image_processor(settings, norm)
+    attention = attention_implementation(args, accelerator.device.type, accelerator.mixed_precision)
+    model = build_dual_branch(args, settings, attention)
+    say = accelerator.print
+    for line in [*describe(settings), *data.notes, f"attention: {attention}"]:
+        say(line)
+
+    accelerator.wait_for_everyone()  # every rank has checked the folder before the first one writes
+    if accelerator.is_main_process:
+        _prepare_folder(args, settings, output_dir)
+        if args.resume_from_checkpoint is None:
+            save_initial(output_dir, model)
+    accelerator.wait_for_everyone()
+    if accelerator.log_with:
+        accelerator.init_trackers("hf-simprune", _tracker_config(args), _tracker_options(args))
+
+    engine = DinoEngine(
+        model, accelerator, args.student_temp, args.center_momentum, settings.max_grad_norm, settings.clip_grad
+    )
+    schedules = build_schedules(args, settings)
+    snapshots = PruningSnapshots(output_dir / SNAPSHOTS, model, settings.total_steps)
+    trainer = DinoTrainer(
+        engine,
+        schedules,
+        data.source(augmentation(args, settings, norm), accelerator),
+        loop_settings(args, settings, output_dir),
+        evaluate=data.online_knn(model.teacher.backbone, processor, accelerator),
+        snapshot=snapshots if accelerator.is_main_process and settings.reduction_layers else None,
+        snapshot_steps=frozenset(moment_steps(settings.total_steps)),
+        describe_window=window_description(args, settings),
+    )
+    if args.resume_from_checkpoint is not None:
+        say(f"resumed from {trainer.resume(args.resume_from_checkpoint)} at step {trainer.step}")
+    trainer.train()
+
+    if accelerator.is_main_process:
+        export_model(output_dir, model, processor)
+        draw_pictures(output_dir, output_dir / SNAPSHOTS, settings, norm)
+        model_class = model.teacher.backbone._stock_class.__name__
+        write_card(output_dir, args, settings, model_class, seen=settings.total_steps * settings.global_batch)
+        _update_run_file(output_dir, finished=True, step=trainer.step, bad_images=sorted(trainer.bad_indices))
+        say(f"done in {time.time() - started:.0f} s: {output_dir} holds the model, its card and pictures")
+        if repo_id is not None:
+            upload_run(output_dir, repo_id, "DINO pretraining with hf-simprune", args.token)
+            say(f"uploaded to {repo_id}")
+    accelerator.end_training()
+
+
+def build_accelerator(args: DinoArguments) -> Accelerator:
+    """The precision is the flag's, or accelerate's own where there is no flag; they must not contradict."""
+    device_type = PartialState().device.type
+    precision = check_precision(args, os.environ.get("ACCELERATE_MIXED_PRECISION"), device_type)
+    return Accelerator(
+        mixed_precision=precision,
+        log_with=tracker_names(args.report_to) or None,
+        project_dir=str(Path(args.output_dir) / "logs"),
+    )
+
+
+def loop_settings(args: DinoArguments, settings: ResolvedSettings, output_dir: Path) -> LoopSettings:
+    return LoopSettings(
+        output_dir=output_dir,
+        images_per_step=settings.global_batch,
+        steps_per_epoch=settings.steps_per_epoch,
+        seed=args.seed,
+        logging_steps=args.logging_steps,
+        save_steps=args.save_steps,
+        save_total_limit=args.save_total_limit,
+        knn_every=args.knn_every,
+        disable_tqdm=args.disable_tqdm,
+        allow_schedule_change=args.allow_schedule_change,
+        identity={
+            "global batch": settings.global_batch,
+            "number of images": settings.num_images,
+            "--token_reduction": args.token_reduction,
+            "--keep_rate": args.keep_rate,
+            "--curriculum": args.curriculum,
+        },
+    )
+
+
+def window_description(args: DinoArguments, settings: ResolvedSettings) -> Callable[[StepValues], dict[str, float]]:
+    """The curriculum's window in the first stage of a global crop, in tokens, for the log."""
+    counts = settings.geometry.global_counts
+    if args.token_reduction != "simprune" or len(counts) < 2:
+        return lambda values: {}
+
+    def describe_window(values: StepValues) -> dict[str, float]:
+        progress = torch.tensor(values.window_progress, dtype=torch.float32)
+        offset = window_offset(progress, counts[0], counts[1]).item()
+        return {"window_progress": values.window_progress, "window_offset": offset}
+
+    return describe_window
+
+
+def _create_repo(args: DinoArguments, accelerator: Accelerator) -> str | None:
+    if not args.push_to_hub or not accelerator.is_main_process:
+        return None
+    return create_repo_early(hub_model_id(args), args.hub_private_repo, args.token)
+
+
+def _prepare_folder(args: DinoArguments, settings: ResolvedSettings, output_dir: Path) -> None:
+    if args.overwrite_output_dir:
+        clear_previous_run(output_dir)
+    resolved = {key: value for key, value in asdict(settings).items() if key != "notes"}
+    about = {"hardware": hardware(), "versions": versions()}
+    # first of all, because it marks the folder as a run's, which --overwrite_output_dir may clear
+    write_json(output_dir / RUN_FILE, {"pid": os.getpid(), "finished": False, **about, "settings": resolved})
+    plain = {key: value for key, value in asdict(args).items() if key != "token"}
+    (output_dir / TRAINING / "arguments.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+
+
+def _update_run_file(output_dir: Path, **changes: Any) -> None:
+    path = output_dir / RUN_FILE
+    write_json(path, json.loads(path.read_text()) | changes)
+
+
+def _tracker_config(args: DinoArguments) -> dict[str, Any]:
+    """Options as trackers accept them: tensorboard takes nothing but plain values."""
+    plain = {key: value for key, value in asdict(args).items() if key != "token"}
+    return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in plain.items()}
+
+
+def _tracker_options(args: DinoArguments) -> dict[str, dict[str, Any]]:
+    if args.run_name is None:
+        return {}
+    return {"wandb": {"name": args.run_name}, "trackio": {"name": args.run_name}}

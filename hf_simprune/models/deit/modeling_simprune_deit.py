@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stock DeiT with blocks that open between attention and MLP, stochastic depth and strict loading."""
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+from transformers.models.deit.modeling_deit import (
+    DeiTEmbeddings,
+    DeiTForImageClassification,
+    DeiTLayer,
+    DeiTModel,
+    DeiTPreTrainedModel,
+)
+from transformers.utils import logging
+
+from .configuration_simprune_deit import SimPruneDeiTConfig
+
+
+logger = logging.get_logger(__name__)
+
+# What `from_pretrained` may leave to a fresh initialisation, and what it may find beside the network it loads.
+_MAY_BE_NEW = ("classifier.", "pooler.")
+_BACKBONE = ("embeddings.", "layers.", "encoder.", "layernorm.")
+# Arguments of `from_pretrained` that say where the file is, and those that say where and how the weights are put.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_PLACEMENT_ARGUMENTS = (
+    "allow_all_kernels",
+    "attn_implementation",
+    "device_map",
+    "device_mesh",
+    "distributed_config",
+    "fusion_config",
+    "kernel_config",
+    "max_memory",
+    "offload_buffers",
+    "offload_folder",
+    "quantization_config",
+    "tp_plan",
+    "tp_size",
+    "use_kernels",
+)
+_INIT_ARGUMENTS = ("add_pooling_layer", "use_mask_token")
+
+
+class BlockFunctions(NamedTuple):
+    """The arithmetic of a block and of its halves, as they are or compiled."""
+
+    attention: Callable[..., Tensor]
+    mlp: Callable[..., Tensor]
+    block: Callable[..., Tensor]
+
+
+def run_attention(
+    layer: DeiTLayer,
+    hidden_states: Tensor,
+    scale: Tensor | None,
+    attention_mask: Tensor | None,
+    hooked: bool,
+    **kwargs: Any,
+) -> Tensor:
+    """The attention half of a block with its residual.
+
+    `scale` (B, 1, 1) is that of stochastic depth, or None; `hooked` is False where the hook with which transformers
+    records attention weights must stay out, which is in compiled code.
+    """
+    attend = layer.attention if hooked else layer.attention.forward
+    update, _ = attend(layer.layernorm_before(hidden_states), attention_mask, **kwargs)
+    return _add(hidden_states, layer.dropout(update), scale)
+
+
+def run_mlp(layer: DeiTLayer, hidden_states: Tensor, scale: Tensor | None) -> Tensor:
+    """The MLP half of a block with its residual; `scale` as in `run_attention`."""
+    return _add(hidden_states, layer.dropout(layer.mlp(layer.layernorm_after(hidden_states))), scale)
+
+
+def run_block(
+    layer: DeiTLayer,
+    hidden_states: Tensor,
+    attention_scale: Tensor | None,
+    mlp_scale: Tensor | None,
+    attention_mask: Tensor | None,
+    hooked: bool,
+    **kwargs: Any,
+) -> Tensor:
+    """Both halves, one after the other: without scales the stock block's arithmetic."""
+    hidden_states = run_attention(layer, hidden_states, attention_scale, attention_mask, hooked, **kwargs)
+    return run_mlp(layer, hidden_states, mlp_scale)
+
+
+def _add(residual: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
+    return update + residual if scale is None else torch.addcmul(residual, update, scale)
+
+
+PLAIN = BlockFunctions(run_attention, run_mlp, run_block)
+
+
+class SimPruneDeiTLayer(DeiTLayer):
+    """One transformer block, whole or one of its halves: tokens may leave between attention and MLP.
+
+    Stochastic depth (https://huggingface.co/papers/1603.09382) is drawn per sample and per half, in training only.
+    """
+
+    def __init__(self, config: SimPruneDeiTConfig, drop_path_rate: float = 0.0) -> None:
+        super().__init__(config)
+        self.drop_path_rate = drop_path_rate
+        # Functions that take the block: one compiled function serves all blocks, and a copied model stays sound.
+        self.functions = PLAIN
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, half: str | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The whole block, or with `half` "attention" or "mlp" that half with its residual; (B, T, D) to (B, T, D)."""
+        # Attention weights are recorded by a hook, which compiled code cannot run.
+        run = PLAIN if kwargs.get("output_attentions") else self.functions
+        hooked = run is PLAIN
+        # The scales are drawn outside of what is compiled: there, a rate is a constant and would cost a graph a block.
+        if half is None:
+            scales = self._residual_scale(hidden_states), self._residual_scale(hidden_states)
+            return run.block(self, hidden_states, *scales, attention_mask, hooked, **kwargs)
+        scale = self._residual_scale(hidden_states)
+        if half == "attention":
+            return run.attention(self, hidden_states, scale, attention_mask, hooked, **kwargs)
+        if half == "mlp":
+            return run.mlp(self, hidden_states, scale)
+        raise ValueError(f"half must be None, 'attention' or 'mlp', got {half!r}")
+
+    def _residual_scale(self, hidden_states: Tensor) -> Tensor | None:
+        """(B, 1, 1): 0 for a sample whose branch is skipped, else 1 / keep; drawn as DINO draws it."""
+        if self.drop_path_rate == 0.0 or not self.training:
+            return None
+        keep = 1.0 - self.drop_path_rate
+        # float32 whatever the model's precision: in bfloat16 the draws are so coarse that the rate would be off.
+        uniform = torch.rand((hidden_states.shape[0], 1, 1), device=hidden_states.device, dtype=torch.float32)
+        return (keep + uniform).floor_().div_(keep).to(hidden_states.dtype)
+
+
+class SimPruneDeiTPreTrainedModel(DeiTPreTrainedModel):
+    """What the model and the classifier share: initialisation, and loading that never leaves a block random."""
+
+    config_class = SimPruneDeiTConfig
+    config: SimPruneDeiTConfig
+    _no_split_modules = ["DeiTEmbeddings", "SimPruneDeiTLayer"]
+    _stock_class: type[DeiTPreTrainedModel]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As DINO: truncated normal for linear layers, tokens and positions, torch's own for the patch projection."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=std)
+        elif isinstance(module, nn.Conv2d):
+            bound = (module.in_channels * module.kernel_size[0] * module.kernel_size[1]) ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, DeiTEmbeddings):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name != "mask_token":
+                    init.trunc_normal_(parameter, std=std)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, from this family's own checkpoints and from stock ones (`model_type` "deit").
+
+        Returns the model, with `output_loading_info=True` also the dictionary of missing, unexpected and mismatched
+        keys. Every weight comes from the checkpoint, except a new classifier, one of another size under
+        `ignore_mismatched_sizes=True`, and a pooler the checkpoint does not have: these are initialised and named in
+        a warning. Raises `ValueError` for any other weight that is missing, does not fit or would be left out, and
+        for a checkpoint of another model type.
+        """
+        name = pretrained_model_name_or_path
+        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        explicit_depth = config is not None or "num_hidden_layers" in kwargs
+        model_type = cls.config_class.model_type if name is None else _find_model_type(name, config, hub)
+        stock_type = cls._stock_class.config_class.model_type
+        if model_type not in (cls.config_class.model_type, stock_type):
+            raise ValueError(
+                f"{name} holds a model of type {model_type!r}: {cls.__name__} loads {stock_type!r} and "
+                f"{cls.config_class.model_type!r}"
+            )
+        if isinstance(config, cls._stock_class.config_class) and not isinstance(config, cls.config_class):
+            config = cls.config_class.from_stock(config)
+        if model_type == stock_type:
+            model, info = cls._from_stock_checkpoint(name, *model_args, config=config, **kwargs)
+        else:
+            model, info = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
+        depth = model.config.num_hidden_layers if explicit_depth else None
+        _check_loaded(cls.__name__, name, info, cls.base_model_prefix, depth)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _from_stock_checkpoint(
+        cls,
+        name: str | os.PathLike,
+        *model_args: Any,
+        config: PreTrainedConfig | str | os.PathLike | None,
+        **kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Read with the stock class, which knows every tensor name there has been, then hand over in memory."""
+        placement = {key: kwargs.pop(key) for key in _PLACEMENT_ARGUMENTS if key in kwargs}
+        if not isinstance(config, PreTrainedConfig):
+            hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
+            source = name if config is None else config
+            config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **hub, **kwargs)
+            kwargs.update(hub)
+        stock, info = cls._stock_class.from_pretrained(
+            name, *model_args, config=config.to_stock(), output_loading_info=True, **kwargs
+        )
+        init_arguments = {key: kwargs[key] for key in _INIT_ARGUMENTS if key in kwargs}
+        model, handed_over = super().from_pretrained(
+            None,
+            *model_args,
+            config=config,
+            state_dict=stock.state_dict(),
+            dtype=stock.dtype,
+            output_loading_info=True,
+            **placement,
+            **init_arguments,
+        )
+        lost = {key: sorted(map(str, keys)) for key, keys in handed_over.items() if keys}
+        if lost:
+            raise ValueError(f"{cls.__name__} could not take over all weights of {name}: {lost}")
+        model.name_or_path = model.config.name_or_path = str(name)
+        return model, info
+
+
+def _find_model_type(name: str | os.PathLike, config: Any, hub: dict[str, Any]) -> str:
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(name, **hub)
+    except OSError:
+        # With a configuration at hand, transformers loads a folder that holds nothing but weights.
+        if config is None:
+            raise
+        values = {}
+    return values.get("model_type", DeiTPreTrainedModel.config_class.model_type)
+
+
+def _check_loaded(
+    class_name: str, name: str | os.PathLike | None, info: dict[str, Any], prefix: str, depth: int | None
+) -> None:
+    """Raise unless every weight of the backbone was loaded; `depth` is given where fewer blocks were asked for."""
+
+    def bare(key: str) -> str:
+        return key.removeprefix(f"{prefix}.")
+
+    def asked_away(key: str) -> bool:
+        parts = bare(key).split(".")
+        return depth is not None and parts[0] == "layers" and parts[1].isdigit() and int(parts[1]) >= depth
+
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(key[0] for key in info["mismatched_keys"])
+    faults = {
+        "missing": [key for key in missing if not bare(key).startswith(_MAY_BE_NEW)],
+        "of another size": [key for key in mismatched if not bare(key).startswith("classifier.")],
+        "left out": [
+            key
+            for key in sorted(info["unexpected_keys"])
+            if bare(key).startswith(_BACKBONE) and not asked_away(key) and not key.endswith("embeddings.mask_token")
+        ],
+    }
+    for fault, keys in faults.items():
+        if keys:
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            raise ValueError(f"{class_name}: weights {fault} in {name}: {', '.join(keys[:5])}{more}")
+    if missing or mismatched:
+        logger.warning(f"{class_name}: not in {name}, newly initialised: {', '.join(missing + mismatched)}")
+
+
+class SimPruneDeiTModel(SimPruneDeiTPreTrainedModel, DeiTModel):
+    """[`DeiTModel`] whose blocks are [`SimPruneDeiTLayer`]s; without token reduction it computes the same."""
+
+    _stock_class = DeiTModel
+
+    def __init__(
+        self, config: SimPruneDeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False
+    ) -> None:
+        super().__init__(config, add_pooling_layer=add_pooling_layer, use_mask_token=use_mask_token)
+        last = max(config.num_hidden_layers - 1, 1)
+        self.layers = nn.ModuleList(
+            SimPruneDeiTLayer(config, drop_path_rate=config.drop_path_rate * index / last)
+            for index in range(config.num_hidden_layers)
+        )
+        self.post_init()
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patch tokens; CLS is the one at index 0."""
+        return self.embeddings.position_embeddings.shape[1] - self.embeddings.patch_embeddings.num_patches
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Images (B, C, H, W) to tokens (B, prefix + N, D), prefix tokens first, positions added.
+
+        Position embeddings are interpolated whenever (H, W) differs from the configured image size.
+        """
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        same_size = tuple(pixel_values.shape[-2:]) == tuple(self.embeddings.image_size)
+        return self.embeddings(pixel_values, interpolate_pos_encoding=not same_size)
+
+    def compile_blocks(self, **kwargs: Any) -> None:
+        """Compile the blocks in place; `kwargs` go to `torch.compile`. All blocks share the compiled graphs."""
+        # With and without gradient, scales and each crop size is a graph of its own: more than the default of eight.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        compiled = BlockFunctions(*(torch.compile(function, **kwargs) for function in PLAIN))
+        for layer in self.layers:
+            layer.functions = compiled
+
+
+class SimPruneDeiTForImageClassification(SimPruneDeiTPreTrainedModel, DeiTForImageClassification):
+    """[`DeiTForImageClassification`] on a [`SimPruneDeiTModel`]."""
+
+    _stock_class = DeiTForImageClassification
+
+    def __init__(self, config: SimPruneDeiTConfig) -> None:
+        super().__init__(config)
+        self.deit = SimPruneDeiTModel(config, add_pooling_layer=False)
+        self.post_init()
+
+
+__all__ = ["SimPruneDeiTForImageClassification", "SimPruneDeiTModel"]
