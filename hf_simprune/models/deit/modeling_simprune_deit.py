@@ -244,6 +244,8 @@ def _find_model_type(name: str | os.PathLike, config: Any, hub: dict[str, Any]) 
         if config is None:
             raise
         values = {}
+    if not values and config is None:
+        raise ValueError(f"{name} has no config.json: give the configuration of its weights as config")
     return values.get("model_type", DeiTPreTrainedModel.config_class.model_type)
 
 
