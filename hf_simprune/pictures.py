@@ -54,7 +54,7 @@ def plot_loss_curve(
         axes[1].set_ylim(bottom=min(0.0, axes[1].get_ylim()[0]), top=max(1.1 * highest, 1e-3))
     if accuracies:
         for color, name in zip(COLORS, accuracies):
-            label = name.removeprefix(_KNN_PREFIX).strip("_").replace("_", " ") or "all labels"
+            label = name.removeprefix(_KNN_PREFIX).strip("_").replace("_", " ") or "CLS"
             _line(axes[-1], records, name, label, color, marker="o", scale=100)
         for style, (name, value) in zip((":", "--", "-."), (baselines or {}).items()):
             axes[-1].axhline(100 * value, color="0.35", linestyle=style, label=name)

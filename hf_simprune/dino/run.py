@@ -63,14 +63,9 @@ def run_training(args: DinoArguments) -> None:
     for line in [*describe(settings), *data.notes, f"attention: {attention}"]:
         say(line)
 
-    accelerator.wait_for_everyone()  # every rank has checked the folder before the first one writes
-    if accelerator.is_main_process:
-        _prepare_folder(args, settings, output_dir)
-        if args.resume_from_checkpoint is None:
-            save_initial(output_dir, model)
-    accelerator.wait_for_everyone()
-    if accelerator.log_with:
-        accelerator.init_trackers("hf-simprune", _tracker_config(args), _tracker_options(args))
+    def publish_step(step: int) -> None:
+        export_model(output_dir, model, processor)
+        upload_run(output_dir, repo_id, f"step {step}", args.token)
 
     engine = DinoEngine(
         model, accelerator, args.student_temp, args.center_momentum, settings.max_grad_norm, settings.clip_grad
@@ -86,9 +81,20 @@ def run_training(args: DinoArguments) -> None:
         snapshot=snapshots if accelerator.is_main_process and settings.reduction_layers else None,
         snapshot_steps=frozenset(moment_steps(settings.total_steps)),
         describe_window=window_description(args, settings),
+        after_save=publish_step if repo_id is not None and args.hub_strategy == "every_save" else None,
     )
     if args.resume_from_checkpoint is not None:
         say(f"resumed from {trainer.resume(args.resume_from_checkpoint)} at step {trainer.step}")
+
+    accelerator.wait_for_everyone()  # every rank has checked the folder, and nothing is refused any more
+    if accelerator.is_main_process:
+        _prepare_folder(args, settings, output_dir)
+        if args.resume_from_checkpoint is None:
+            save_initial(output_dir, model)
+    accelerator.wait_for_everyone()
+    if accelerator.log_with:
+        accelerator.init_trackers("hf-simprune", _tracker_config(args), _tracker_options(args))
+
     trainer.train()
 
     if accelerator.is_main_process:

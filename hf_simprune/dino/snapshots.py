@@ -13,7 +13,7 @@ from .schedules import StepValues
 
 
 MOMENTS = ("start", "middle", "end")
-NUM_IMAGES = 4
+NUM_IMAGES = 3
 
 
 def moment_steps(total_steps: int) -> dict[int, str]:

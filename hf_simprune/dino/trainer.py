@@ -83,6 +83,8 @@ class DinoTrainer:
         settings: logging, saving, seed.
         evaluate: called with the step after every `knn_every` steps; returns numbers to log as an object of their own.
         snapshot: called with (step, views, values) before the steps listed in `snapshot_steps`.
+        describe_window: numbers to log about the curriculum's window.
+        after_save: called on the main process with the step of each new checkpoint.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class DinoTrainer:
         snapshot: Callable[[int, Views, StepValues], None] | None = None,
         snapshot_steps: frozenset[int] = frozenset(),
         describe_window: Callable[[StepValues], dict[str, float]] | None = None,
+        after_save: Callable[[int], None] | None = None,
     ) -> None:
         self.engine = engine
         self.schedules = schedules
@@ -104,6 +107,7 @@ class DinoTrainer:
         self.snapshot = snapshot
         self.snapshot_steps = snapshot_steps
         self.describe_window = describe_window or (lambda values: {})
+        self.after_save = after_save
         out_dim = engine.center.numel()
         self.monitor = CollapseMonitor(out_dim=out_dim, start_step=schedules.warmup_end)
         self.step = 0
@@ -225,7 +229,10 @@ class DinoTrainer:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "identity": self._identity(),
         }
-        return save_checkpoint(self.settings.output_dir, self.engine, state, self.settings.save_total_limit)
+        path = save_checkpoint(self.settings.output_dir, self.engine, state, self.settings.save_total_limit)
+        if self.after_save is not None:
+            self.after_save(self.step)
+        return path
 
     def _identity(self) -> dict[str, Any]:
         return {"total steps": self.schedules.total_steps, "--seed": self.settings.seed, **self.settings.identity}
