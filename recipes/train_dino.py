@@ -36,6 +36,10 @@ import sys
 from collections.abc import Sequence
 
 
+# Threads that sleep while they wait: spinning ones make steps many times slower on a CPU that other programs use too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit status: 0, 2 for bad input, 1 for a run that cannot go on, 130 when interrupted."""
     # Heavy imports come late, so that --help and a mistyped option answer at once.

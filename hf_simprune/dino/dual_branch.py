@@ -94,23 +94,26 @@ class DualBranch(nn.Module):
         with torch.no_grad():
             teacher = teacher_net.embed(crops)
         student = student_net.embed(crops)
-        for index, (student_layer, teacher_layer) in enumerate(
-            zip(student_net.layers, teacher_net.layers, strict=True)
-        ):
-            if index not in self.reduction_layers:
+        last = len(student_net.layers) - 1
+        for index, layers in enumerate(zip(student_net.layers, teacher_net.layers, strict=True)):
+            student_layer, teacher_layer = layers
+            if index in self.reduction_layers:
                 with torch.no_grad():
-                    teacher = teacher_layer(teacher)
-                student = student_layer(student)
-                continue
+                    attended_teacher = after_attention(teacher_layer, teacher, index == last)
+                attended_student = after_attention(student_layer, student, index == last)
+                selection = self.reducer.pair(
+                    attended_student[:, prefix:].detach(), attended_teacher[:, prefix:], progress
+                )
+                seen.append(attended_teacher[:, prefix:])
+                kept.append((selection.student, selection.teacher))
+                if index < last:
+                    with torch.no_grad():
+                        teacher = teacher_layer(gather_tokens(attended_teacher, selection.teacher, prefix), half="mlp")
+                    student = student_layer(gather_tokens(attended_student, selection.student, prefix), half="mlp")
+                    continue
             with torch.no_grad():
-                teacher = teacher_layer(teacher, half="attention")
-            student = student_layer(student, half="attention")
-            selection = self.reducer.pair(student[:, prefix:].detach(), teacher[:, prefix:], progress)
-            seen.append(teacher[:, prefix:])
-            kept.append((selection.student, selection.teacher))
-            with torch.no_grad():
-                teacher = teacher_layer(gather_tokens(teacher, selection.teacher, prefix), half="mlp")
-            student = student_layer(gather_tokens(student, selection.student, prefix), half="mlp")
+                teacher = whole_block(teacher_layer, teacher, index == last)
+            student = whole_block(student_layer, student, index == last)
         return student[:, 0], teacher[:, 0], kept, seen
 
     def _local_views(self, crops: Tensor, seen: list[Tensor], progress: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -118,15 +121,36 @@ class DualBranch(nn.Module):
         prefix = net.num_prefix_tokens
         kept: list[Tensor] = []
         tokens = net.embed(crops)
+        last = len(net.layers) - 1
         for index, layer in enumerate(net.layers):
-            if index not in self.reduction_layers:
-                tokens = layer(tokens)
-                continue
-            tokens = layer(tokens, half="attention")
-            keep = self.reducer.local(tokens[:, prefix:].detach(), seen[len(kept)], progress)
-            kept.append(keep)
-            tokens = layer(gather_tokens(tokens, keep, prefix), half="mlp")
+            if index in self.reduction_layers:
+                attended = after_attention(layer, tokens, index == last)
+                keep = self.reducer.local(attended[:, prefix:].detach(), seen[len(kept)], progress)
+                kept.append(keep)
+                if index < last:
+                    tokens = layer(gather_tokens(attended, keep, prefix), half="mlp")
+                    continue
+            tokens = whole_block(layer, tokens, index == last)
         return tokens[:, 0], kept
+
+
+def whole_block(layer: nn.Module, tokens: Tensor, last: bool) -> Tensor:
+    """Tokens after `layer`; of the last block only CLS, (B, 1, D), since nothing else of it is read."""
+    if not last:
+        return layer(tokens)
+    return layer(layer(tokens, half="attention", num_queries=1), half="mlp")
+
+
+def after_attention(layer: nn.Module, tokens: Tensor, last: bool) -> Tensor:
+    """Tokens after the attention half of a reduction layer.
+
+    In the last block they serve the matching alone and the block runs again for CLS, as in dense training: no
+    gradient, and the random draws are put back.
+    """
+    if not last:
+        return layer(tokens, half="attention")
+    with torch.no_grad(), torch.random.fork_rng([tokens.device] if tokens.is_cuda else []):
+        return layer(tokens, half="attention")
 
 
 @torch.no_grad()

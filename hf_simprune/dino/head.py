@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from .prototypes import scaled_linear
+
 
 class DinoHead(nn.Module):
     """Three-layer MLP, L2 normalisation, then a weight-normalised layer without bias (the prototypes).
@@ -49,4 +51,5 @@ class DinoHead(nn.Module):
         embedding = self.mlp(cls_tokens)
         # fp16 cannot hold the default 1e-12
         embedding = F.normalize(embedding, dim=-1, eps=1e-6 if embedding.dtype == torch.float16 else 1e-12)
-        return self.last_layer(embedding)
+        weight = self.last_layer.parametrizations.weight
+        return scaled_linear(embedding, directions=weight.original1, lengths=weight.original0)

@@ -144,3 +144,22 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     assert len(recomputed) == 2
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_first_queries_alone_equal_the_first_tokens_of_the_half(
+    family: Family, tokens: Tensor, implementation: str, count: int
+):
+    model = family.own(drop_path_rate=0.5).train().double()
+    model.set_attn_implementation(implementation)
+    results = []
+    for arguments in ({}, {"num_queries": count}):
+        torch.manual_seed(9)
+        model.zero_grad()
+        first = model.layers[2](tokens.double(), half="attention", **arguments)[:, :count]
+        first.square().sum().backward()
+        results.append([first, *(p.grad for p in model.layers[2].attention.parameters())])
+    assert results[1][0].shape == (5, count, 24)
+    for fewer, whole in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(fewer, whole)

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import (
+    ViTAttention,
     ViTEmbeddings,
     ViTForImageClassification,
     ViTLayer,
     ViTModel,
     ViTPreTrainedModel,
+    eager_attention_forward,
 )
 from transformers.utils import logging
 
@@ -61,16 +64,37 @@ def run_attention(
     scale: Tensor | None,
     attention_mask: Tensor | None,
     hooked: bool,
+    num_queries: int | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """The attention half of a block with its residual.
 
     `scale` (B, 1, 1) is that of stochastic depth, or None; `hooked` is False where the hook with which transformers
-    records attention weights must stay out, which is in compiled code.
+    records attention weights must stay out, which is in compiled code; `num_queries` as in the block's `forward`.
     """
+    normed = layer.layernorm_before(hidden_states)
+    if num_queries is not None:
+        update = _attend_first(layer.attention, normed, num_queries)
+        return _add(hidden_states[:, :num_queries], layer.dropout(update), scale)
     attend = layer.attention if hooked else layer.attention.forward
-    update, _ = attend(layer.layernorm_before(hidden_states), attention_mask, **kwargs)
+    update, _ = attend(normed, attention_mask, **kwargs)
     return _add(hidden_states, layer.dropout(update), scale)
+
+
+def _attend_first(attention: ViTAttention, hidden_states: Tensor, count: int) -> Tensor:
+    """What attention gives to the first `count` tokens, which still see all: (B, T, D) to (B, count, D)."""
+    query, key, value = (
+        projection(tokens).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for projection, tokens in (
+            (attention.q_proj, hidden_states[:, :count]),
+            (attention.k_proj, hidden_states),
+            (attention.v_proj, hidden_states),
+        )
+    )
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+    dropout = attention.attention_dropout if attention.training else 0.0
+    mixed, _ = attend(attention, query, key, value, None, dropout=dropout, scaling=attention.scaling)
+    return attention.o_proj(mixed.flatten(2))
 
 
 def run_mlp(layer: ViTLayer, hidden_states: Tensor, scale: Tensor | None) -> Tensor:
@@ -112,9 +136,18 @@ class SimPruneViTLayer(ViTLayer):
         self.functions = PLAIN
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, half: str | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        half: str | None = None,
+        num_queries: int | None = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """The whole block, or with `half` "attention" or "mlp" that half with its residual; (B, T, D) to (B, T, D)."""
+        """The whole block, or with `half` "attention" or "mlp" that half with its residual; (B, T, D) to (B, T, D).
+
+        `num_queries`, with the attention half only: no more than that many tokens, the first, come out. They equal
+        those of the whole half at a fraction of its cost, which is all a loss on CLS needs of the last block.
+        """
         # Attention weights are recorded by a hook, which compiled code cannot run.
         run = PLAIN if kwargs.get("output_attentions") else self.functions
         hooked = run is PLAIN
@@ -124,7 +157,7 @@ class SimPruneViTLayer(ViTLayer):
             return run.block(self, hidden_states, *scales, attention_mask, hooked, **kwargs)
         scale = self._residual_scale(hidden_states)
         if half == "attention":
-            return run.attention(self, hidden_states, scale, attention_mask, hooked, **kwargs)
+            return run.attention(self, hidden_states, scale, attention_mask, hooked, num_queries, **kwargs)
         if half == "mlp":
             return run.mlp(self, hidden_states, scale)
         raise ValueError(f"half must be None, 'attention' or 'mlp', got {half!r}")
