@@ -50,12 +50,13 @@ def load_split(
         dataset = datasets.load_dataset(
             **arguments, name=config_name, split=split, revision=revision, streaming=streaming, token=token
         )
+        rows = _first_rows(dataset, 1)  # a stream opens its files only now
     except (OSError, ValueError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
         raise InputError(_explain(error, dataset_name_or_path, split, config_name, split_option)) from error
+    if not rows:
+        raise InputError(f"--dataset_name_or_path {dataset_name_or_path}: split {split!r} has no rows")
     if max_samples is not None:
         dataset = dataset.take(max_samples) if streaming else dataset.select(range(min(max_samples, len(dataset))))
-    if not _first_rows(dataset, 1):
-        raise InputError(f"--dataset_name_or_path {dataset_name_or_path}: split {split!r} has no rows")
     return dataset
 
 
@@ -68,6 +69,8 @@ def _where(name_or_path: str) -> dict[str, Any]:
                 f"--dataset_name_or_path {name_or_path}: a single file must be .parquet; a folder of images, a folder "
                 "of parquet files and a Hub name are accepted too"
             )
+        if _has_no_rows(path):
+            raise InputError(f"--dataset_name_or_path {name_or_path}: it has no rows")
         return {"path": "parquet", "data_files": {"train": str(path)}}
     if path.is_dir():
         return {"path": str(path)}
@@ -75,6 +78,13 @@ def _where(name_or_path: str) -> dict[str, Any]:
     if path.is_absolute() or name_or_path.startswith(("~", ".")) or path.suffix == ".parquet" or len(path.parts) > 2:
         raise InputError(f"--dataset_name_or_path {name_or_path}: there is no such file or folder")
     return {"path": name_or_path}
+
+
+def _has_no_rows(parquet_file: Path) -> bool:
+    try:
+        return pyarrow.parquet.read_metadata(parquet_file).num_rows == 0
+    except pyarrow.ArrowException:
+        return False  # no parquet file; `datasets` will say so
 
 
 def _explain(error: Exception, name: str, split: str, config_name: str | None, split_option: str) -> str:

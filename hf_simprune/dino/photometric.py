@@ -67,10 +67,7 @@ def shift_hue(x: Tensor, turns: Tensor, max_turns: float = 0.5) -> Tensor:
     weight_previous = sixths.clamp(min=0).mul_(2).sub_(1)
     for _ in range(passes):
         red, green, blue = x.unbind(1)
-        low = torch.minimum(red, green)
-        torch.minimum(low, blue, out=low)
-        high = torch.maximum(red, green)
-        torch.maximum(high, blue, out=high)
+        low, high = x.amin(1), x.amax(1)
         base = (low + high).mul_(1 - sixths.abs())
         x = torch.empty_like(x)
         triples = ((red, green, blue), (green, blue, red), (blue, red, green))

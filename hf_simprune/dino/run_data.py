@@ -104,11 +104,12 @@ def open_data(args: DinoArguments) -> RunData:
 
 
 def _split(args: DinoArguments, name: str, split: str, limit: int | None, option: str) -> Dataset | IterableDataset:
+    same = name == args.dataset_name_or_path
     return load_split(
         name,
         split,
-        args.dataset_config_name,
-        args.dataset_revision,
+        args.dataset_config_name if same else None,
+        args.dataset_revision if same else None,
         args.streaming,
         limit,
         args.token,
@@ -131,17 +132,16 @@ def _knn_rows(
         queries = labelled_images(train, image_column, label_column, query_rows)
         note = f"k-NN: every tenth training image ({len(queries):,}) is classified by {len(bank):,} others"
         return bank, queries, note + "; name other images with --eval_split"
-    name = args.eval_dataset_name_or_path or args.dataset_name_or_path
-    test = _split(args, name, args.eval_split or "train", args.max_eval_samples, "--eval_split")
-    test_image, test_label = find_image_column(test, args.image_column), label_column
+    name, split = args.eval_dataset_name_or_path or args.dataset_name_or_path, args.eval_split or "train"
+    test = _split(args, name, split, None, "--eval_split")
+    test_image = find_image_column(test, args.image_column)
+    test_label = find_label_column(test.features, args.label_column or label_column)
     if isinstance(test, IterableDataset):
-        test = _held(test, args.max_eval_samples or DEFAULT_STREAM_BANK, test_image, label_column)
-    elif find_label_column(test.features, args.label_column) != label_column:
-        test_label = find_label_column(test.features, label_column)
+        test = _held(test, args.max_eval_samples or DEFAULT_STREAM_BANK, test_image, test_label)
     bank = labelled_images(train, image_column, label_column, rows)
-    queries = labelled_images(test, test_image, test_label, range(len(test)))
-    note = f"k-NN: {len(queries):,} images of {name} ({args.eval_split or 'train'}) are classified by {len(bank):,}"
-    return bank, queries, note + " training images"
+    queries = labelled_images(test, test_image, test_label, spread_rows(len(test), args.max_eval_samples))
+    note = f"k-NN: {len(queries):,} images of {name} ({split}) are classified by {len(bank):,} training images"
+    return bank, queries, note
 
 
 def labelled_images(dataset: Dataset, image_column: str, label_column: str, rows: Sequence[int]) -> LabelledImages:

@@ -18,6 +18,9 @@ from .data import MAX_BAD_IN_A_ROW, bad_image_error, too_many_bad_images
 from .dataset_loading import encoded_bytes, image_rows
 
 
+_INTERLEAVED_SHARDS = 10
+
+
 def content_key(encoded: bytes) -> int:
     """Key of an example whose row number nobody knows: 63 bits of a hash of its bytes.
 
@@ -67,7 +70,11 @@ class StreamingMultiCropDataset(torch.utils.data.IterableDataset):
                 f"--dataloader_num_workers {num_workers}: this stream has {shards} shard(s) for each process, and "
                 f"workers share whole ones; give at most {shards}"
             )
-        shuffled = image_rows(dataset, image_column).shuffle(seed=seed, buffer_size=shuffle_buffer)
+        # reading one shard "interleaved" would gain nothing and end every epoch with seconds of waiting for threads
+        interleaved = min(_INTERLEAVED_SHARDS, dataset.num_shards)
+        shuffled = image_rows(dataset, image_column).shuffle(
+            seed=seed, buffer_size=shuffle_buffer, max_buffer_input_shards=interleaved
+        )
         self.stream = split_dataset_by_node(shuffled, rank=rank, world_size=world_size)
         self.image_column = image_column
         self.cfg = cfg
