@@ -43,10 +43,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit status: 0, 2 for bad input, 1 for a run that cannot go on, 130 when interrupted."""
     # Heavy imports come late, so that --help and a mistyped option answer at once.
-    from hf_simprune.dino.argument_parsing import parse_arguments
     from hf_simprune.errors import InputError, TrainingError, TrainingInterrupted
 
     try:
+        from hf_simprune.dino.argument_parsing import parse_arguments
+
         args = parse_arguments(argv)
 
         from hf_simprune.dino.run import run_training
@@ -55,15 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _stop(f"error: {error}", 2)
     except TrainingError as error:
-        return _stop(f"error: {error}", 1)
+        from hf_simprune.dino.data import BadImageError
+
+        # only the process that met the image knows of it
+        return _stop(f"error: {error}", 1, every_process=isinstance(error, BadImageError))
     except TrainingInterrupted as error:
         return _stop(str(error), 130)
+    except KeyboardInterrupt:
+        return _stop("interrupted; if there is a checkpoint yet, --resume_from_checkpoint latest goes on from it", 130)
     return 0
 
 
-def _stop(message: str, status: int) -> int:
-    # every process of a machine meets the same error; one says it
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def _stop(message: str, status: int, every_process: bool = False) -> int:
+    # nearly always every process of a machine meets the same error; one says it
+    if every_process or os.environ.get("LOCAL_RANK", "0") == "0":
         print(" ".join(message.split()), file=sys.stderr)
     return status
 

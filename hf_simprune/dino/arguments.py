@@ -190,7 +190,7 @@ class LoggingArguments:
     knn_every: int = _option(0, "Optimiser steps between two k-NN evaluations; 0: before and after training only.")
     knn_k: int = _option(20, "Neighbours.")
     knn_temperature: float = _option(0.07, "Temperature of the neighbours' weights.")
-    knn_bank_samples: int = _option(50000, "Labelled images the neighbours are taken from, at most.")
+    knn_bank_samples: int = _option(10000, "Labelled images the neighbours are taken from, at most.")
 
 
 @dataclass(kw_only=True)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From options to networks: student and teacher, the image processor, the augmentation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 
 from ..errors import InputError
@@ -28,23 +29,28 @@ _MODELS = {"deit": SimPruneDeiTModel, SimPruneDeiTConfig.model_type: SimPruneDei
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Mean and standard deviation of each channel, in 0..1."""
+    """Mean and standard deviation of each channel, in 0..1; `source` says in words where they come from."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    source: str
+
+
+IMAGENET = Normalisation(IMAGENET_MEAN, IMAGENET_STD, "ImageNet's mean and standard deviation")
 
 
 def normalisation(args: DinoArguments) -> Normalisation:
     """Of the checkpoint's own image processor where there is one, ImageNet's otherwise (as DINO has it)."""
-    if args.model_name_or_path is not None:
-        try:
-            processor = AutoImageProcessor.from_pretrained(
-                args.model_name_or_path, revision=args.model_revision, token=args.token, backend="pil"
-            )
-        except OSError:
-            return Normalisation(IMAGENET_MEAN, IMAGENET_STD)
-        return Normalisation(tuple(processor.image_mean), tuple(processor.image_std))
-    return Normalisation(IMAGENET_MEAN, IMAGENET_STD)
+    name = args.model_name_or_path
+    if name is None:
+        return IMAGENET
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            name, revision=args.model_revision, token=args.token, backend="pil"
+        )
+    except OSError:
+        return replace(IMAGENET, source=f"{IMAGENET.source}, as {name} has no image processor")
+    return Normalisation(tuple(processor.image_mean), tuple(processor.image_std), f"that of {name}")
 
 
 def image_processor(settings: ResolvedSettings, norm: Normalisation) -> BaseImageProcessor:
@@ -83,7 +89,10 @@ def build_dual_branch(args: DinoArguments, settings: ResolvedSettings, attention
     branches = []
     for drop_path_rate in (args.drop_path_rate, 0.0):
         backbone = _backbone(args, settings, drop_path_rate)
-        backbone.set_attn_implementation(attention)
+        try:
+            backbone.set_attn_implementation(attention)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"--attn_implementation {attention}: {' '.join(str(error).split())}") from None
         head = DinoHead(
             backbone.config.hidden_size,
             settings.out_dim,
@@ -141,7 +150,7 @@ def _backbone(
             dtype=torch.float32,
             **{key: value for key, value in hub.items() if value is not None},
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--model_name_or_path {args.model_name_or_path}: {' '.join(str(error).split())}") from None
     if model.config.image_size != settings.image_size:
         raise InputError(

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,6 +54,20 @@ def find_checkpoint(output_dir: Path, resume_from: str) -> Path:
     return path
 
 
+def set_aside_later(output_dir: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step` to `abandoned-checkpoint-…`, so that `latest` never means one of them.
+
+    A run that goes on from an earlier checkpoint takes another course; returns the new names.
+    """
+    moved = []
+    for path in list_checkpoints(output_dir):
+        if int(path.name.partition("-")[2]) > step:
+            target = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append(path.rename(target))
+    return moved
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's `trainer_state.json`."""
     return json.loads((checkpoint / STATE_FILE).read_text())
@@ -89,10 +104,10 @@ def load_checkpoint(checkpoint: Path, engine: DinoEngine) -> dict[str, Any]:
     device = str(engine.accelerator.device)
     for part in ("student", "teacher"):
         module = getattr(engine.dual, part)
-        tensors = load_file(checkpoint / f"{part}.safetensors", device=device)
+        tensors = _read(checkpoint / f"{part}.safetensors", device)
         _check_architecture(checkpoint, module.state_dict(), tensors)
         module.load_state_dict(tensors)
-    tensors = load_file(checkpoint / "optimizer.safetensors", device=device)
+    tensors = _read(checkpoint / "optimizer.safetensors", device)
     engine.center = tensors.pop(CENTER)
     load_optimizer_tensors(engine, tensors)
     state = read_state(checkpoint)
@@ -122,6 +137,13 @@ def load_optimizer_tensors(engine: DinoEngine, tensors: dict[str, Tensor]) -> No
         for name, parameter in zip(group["names"], group["params"], strict=True):
             if name in moments:
                 optimizer.state[parameter] = moments[name]
+
+
+def _read(path: Path, device: str) -> dict[str, Tensor]:
+    try:
+        return load_file(path, device=device)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"--resume_from_checkpoint {path.parent}: {path.name} cannot be read: {error}") from None
 
 
 def _check_architecture(checkpoint: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:

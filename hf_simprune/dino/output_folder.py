@@ -13,7 +13,7 @@ RUN_FILE = "training/run.json"
 # What a run writes into its folder, and nothing else; `clear_previous_run` removes no other name.
 _RUN_NAMES = re.compile(
     r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|preprocessor_config\.json|"
-    r"README\.md|metrics\.jsonl|loss_curve\.png|pruned_tokens\.png|training|logs|checkpoint-\d+"
+    r"README\.md|metrics\.jsonl|loss_curve\.png|pruned_tokens\.png|training|logs|(abandoned-)?checkpoint-\d+"
 )
 
 
@@ -32,8 +32,9 @@ def check_output_dir(args: DinoArguments) -> None:
     if args.resume_from_checkpoint is not None:
         from .checkpoint import find_checkpoint
 
-        find_checkpoint(folder, args.resume_from_checkpoint)
-        return
+        checkpoint = find_checkpoint(folder, args.resume_from_checkpoint)
+        if checkpoint.resolve().parent == folder.resolve():
+            return
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if args.overwrite_output_dir:
         taken = [name for name in names if _RUN_NAMES.fullmatch(name)]

@@ -27,12 +27,12 @@ from .snapshots import MOMENTS
 LOSS_CURVE = "loss_curve.png"
 PRUNED_TOKENS = "pruned_tokens.png"
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets")
-# What a reader may want to change or compare; paths and the Hub's options stay out of the card.
-_SHOWN = (
-    "architecture", "config_overrides", "model_name_or_path", "token_reduction", "keep_rate", "reduction_layers",
-    "curriculum", "matching", "global_crops_scale", "local_crops_scale", "local_crops_number",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "drop_path_rate", "weight_decay",
-    "weight_decay_end", "bf16", "fp16",
+# Where a run reads and writes, and what does not change its result.
+_NOT_SHOWN = (
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_schedule_change", "save_steps",
+    "save_total_limit", "dataset_name_or_path", "eval_dataset_name_or_path", "token", "dataloader_num_workers",
+    "logging_steps", "report_to", "run_name", "disable_tqdm", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "hub_strategy", "bf16", "fp16",
 )  # fmt: skip
 
 
@@ -63,13 +63,31 @@ def pruned_views(
     return moments, rows
 
 
-def write_card(output_dir: Path, args: DinoArguments, settings: ResolvedSettings, model_class: str, seen: int) -> None:
-    """`README.md` from the run's own numbers. `seen` counts the images that went through training."""
+def write_card(
+    output_dir: Path,
+    args: DinoArguments,
+    settings: ResolvedSettings,
+    model_class: str,
+    seen: int,
+    about: dict[str, object],
+    evaluated_on: str = "",
+    repo_id: str | None = None,
+) -> None:
+    """`README.md` from the run's own numbers.
+
+    Args:
+        model_class: the stock class that was saved.
+        seen: images that went through training.
+        about: further facts of the run, such as its precision.
+        evaluated_on: what the k-NN classified, in words.
+        repo_id: where the folder will be uploaded to.
+    """
     records = read_metrics(output_dir / "metrics.jsonl")
     accuracies = [record for record in records if "knn_accuracy" in record]
     losses = [record for record in records if "loss" in record]
     sizes = settings.geometry
     run = {"steps": settings.total_steps, "images seen": seen, "global batch": settings.global_batch}
+    run |= about
     run |= {"peak learning rate": f"{settings.learning_rate:.4g}", "prototypes": settings.out_dim}
     run |= {"teacher temperature": settings.teacher_temp, "teacher momentum": settings.momentum_teacher}
     if losses:
@@ -85,23 +103,24 @@ def write_card(output_dir: Path, args: DinoArguments, settings: ResolvedSettings
             if last["step"] > 0:
                 rows.append(KNNRow(features=f"trained network, {name}", all_labels=last[key], trained=True))
     reduces = args.token_reduction != "none"
-    name = (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1]
+    name = (repo_id or Path(args.output_dir).resolve().name).split("/")[-1]
     card = TrainingCard(
         name=args.run_name or name,
-        model_id=args.hub_model_id or args.output_dir,
+        model_id=repo_id or args.output_dir,
         model_class=model_class,
         architecture=f"{sizes.name} ({sizes.depth} blocks, patch size {sizes.patch_size}, {sizes.image_size} px)",
         dataset=Path(args.dataset_name_or_path).name,
         dataset_id=args.dataset_name_or_path if is_hub_id(args.dataset_name_or_path) else None,
         base_model=args.model_name_or_path if is_hub_id(args.model_name_or_path) else None,
-        command=" ".join(["python", *map(shlex.quote, sys.argv)]),
+        command=command(sys.argv, about),
         seed=args.seed,
         hardware=hardware(),
         versions=versions(),
         token_reduction=args.token_reduction if reduces else None,
         keep_rate=args.keep_rate if reduces else None,
         run=run,
-        config={key: value for key, value in asdict(args).items() if key in _SHOWN and value is not None},
+        config={key: value for key, value in asdict(args).items() if key not in _NOT_SHOWN and value is not None},
+        evaluated_on=evaluated_on,
         knn=rows,
         knn_k=args.knn_k,
         knn_temperature=args.knn_temperature,
@@ -109,6 +128,17 @@ def write_card(output_dir: Path, args: DinoArguments, settings: ResolvedSettings
         pruned_tokens=PRUNED_TOKENS if (output_dir / PRUNED_TOKENS).exists() else None,
     )
     (output_dir / "README.md").write_text(render_model_card(card), encoding="utf-8")
+
+
+def command(argv: list[str], about: dict[str, object]) -> str:
+    """What starts the same run from its beginning."""
+    words = list(argv)
+    while "--resume_from_checkpoint" in words:
+        at = words.index("--resume_from_checkpoint")
+        del words[at : at + 2]
+    processes = about.get("processes", 1)
+    launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
+    return " ".join(map(shlex.quote, [*launcher, *words]))
 
 
 def is_hub_id(name: str | None) -> bool:

@@ -285,7 +285,9 @@ def _photometric(
 ) -> tuple[float, float, float]:
     if given is not None:
         return tuple(given)
-    if sizes.global_crop_size < SMALL_CROP:
-        notes.append(f"{option} 0 0 0: off, as global crops of {sizes.global_crop_size} px are below {SMALL_CROP} px")
-        return (0.0, 0.0, 0.0)
-    return published
+    pixels = (sizes.global_crop_size, sizes.global_crop_size, sizes.local_crop_size)
+    chosen = tuple(chance if size >= SMALL_CROP else 0.0 for chance, size in zip(published, pixels, strict=True))
+    if chosen != published:
+        values = " ".join(f"{chance:g}" for chance in chosen)
+        notes.append(f"{option} {values}: off for crops below {SMALL_CROP} px")
+    return chosen

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 
-from ..hub.publish import create_repo_early, upload_run
+from ..errors import InputError, TrainingError
+from ..hub.publish import UploadError, create_repo_early, upload_run
 from ..reduction import window_offset
 from .arguments import DinoArguments
 from .build import (
@@ -24,6 +26,7 @@ from .build import (
     image_processor,
     normalisation,
 )
+from .checkpoint import set_aside_later
 from .engine import DinoEngine
 from .export import TRAINING, export_model, save_initial, write_json
 from .output_folder import RUN_FILE, check_output_dir, clear_previous_run
@@ -37,6 +40,17 @@ from .validation import check_precision, hub_model_id, tracker_names, validate
 
 
 SNAPSHOTS = f"{TRAINING}/pruned_tokens.safetensors"
+# What makes a run the run it is; what else may differ on resume is where it runs, what it logs and how often it saves.
+UNCHANGED_ON_RESUME = frozenset(
+    (
+        "architecture", "config_overrides", "model_name_or_path", "model_revision", "image_size", "patch_size",
+        "drop_path_rate", "token_reduction", "keep_rate", "curriculum", "matching", "norm_last_layer", "student_temp",
+        "teacher_temp", "center_momentum", "momentum_teacher", "global_crop_size", "local_crop_size",
+        "local_crops_number", "global_crops_scale", "local_crops_scale", "hflip_prob", "color_jitter",
+        "color_jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob", "min_learning_rate", "weight_decay",
+        "weight_decay_end", "max_grad_norm", "clip_grad",
+    )
+)  # fmt: skip
 
 
 def run_training(args: DinoArguments) -> None:
@@ -52,20 +66,23 @@ def run_training(args: DinoArguments) -> None:
     output_dir = Path(args.output_dir)
     check_output_dir(args)
     accelerator = build_accelerator(args)
+    repo_id = _create_repo(args, accelerator)
     data = open_data(args)
     settings = resolve(args, data.num_images, accelerator.num_processes)
-    repo_id = _create_repo(args, accelerator)
     norm = normalisation(args)
     processor = image_processor(settings, norm)
     attention = attention_implementation(args, accelerator.device.type, accelerator.mixed_precision)
     model = build_dual_branch(args, settings, attention)
     say = accelerator.print
-    for line in [*describe(settings), *data.notes, f"attention: {attention}"]:
+    for line in [*describe(settings), *data.notes, f"normalisation: {norm.source}", f"attention: {attention}"]:
         say(line)
 
     def publish_step(step: int) -> None:
         export_model(output_dir, model, processor)
-        upload_run(output_dir, repo_id, f"step {step}", args.token)
+        try:
+            upload_run(output_dir, repo_id, f"step {step}", args.token)
+        except UploadError as error:  # the Hub being away for a moment is no reason to stop training
+            say(f"warning: step {step} was not published: {error}")
 
     engine = DinoEngine(
         model, accelerator, args.student_temp, args.center_momentum, settings.max_grad_norm, settings.clip_grad
@@ -76,7 +93,7 @@ def run_training(args: DinoArguments) -> None:
         engine,
         schedules,
         data.source(augmentation(args, settings, norm), accelerator),
-        loop_settings(args, settings, output_dir),
+        loop_settings(args, settings, output_dir, accelerator.mixed_precision),
         evaluate=data.online_knn(model.teacher.backbone, processor, accelerator),
         snapshot=snapshots if accelerator.is_main_process and settings.reduction_layers else None,
         snapshot_steps=frozenset(moment_steps(settings.total_steps)),
@@ -88,6 +105,8 @@ def run_training(args: DinoArguments) -> None:
 
     accelerator.wait_for_everyone()  # every rank has checked the folder, and nothing is refused any more
     if accelerator.is_main_process:
+        for path in set_aside_later(output_dir, trainer.step) if args.resume_from_checkpoint is not None else ():
+            say(f"set aside {path}: this run goes on from step {trainer.step}")
         _prepare_folder(args, settings, output_dir)
         if args.resume_from_checkpoint is None:
             save_initial(output_dir, model)
@@ -95,24 +114,40 @@ def run_training(args: DinoArguments) -> None:
     if accelerator.log_with:
         accelerator.init_trackers("hf-simprune", _tracker_config(args), _tracker_options(args))
 
-    trainer.train()
+    try:
+        trainer.train()
 
-    if accelerator.is_main_process:
-        export_model(output_dir, model, processor)
-        draw_pictures(output_dir, output_dir / SNAPSHOTS, settings, norm)
-        model_class = model.teacher.backbone._stock_class.__name__
-        write_card(output_dir, args, settings, model_class, seen=settings.total_steps * settings.global_batch)
-        _update_run_file(output_dir, finished=True, step=trainer.step, bad_images=sorted(trainer.bad_indices))
-        say(f"done in {time.time() - started:.0f} s: {output_dir} holds the model, its card and pictures")
-        if repo_id is not None:
-            upload_run(output_dir, repo_id, "DINO pretraining with hf-simprune", args.token)
-            say(f"uploaded to {repo_id}")
-    accelerator.end_training()
+        if accelerator.is_main_process:
+            export_model(output_dir, model, processor)
+            draw_pictures(output_dir, output_dir / SNAPSHOTS, settings, norm)
+            model_class = model.teacher.backbone._stock_class.__name__
+            seen = settings.total_steps * settings.global_batch
+            precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+            about = {"processes": accelerator.num_processes, "precision": precision}
+            write_card(output_dir, args, settings, model_class, seen, about, data.evaluated_on, repo_id)
+            _update_run_file(output_dir, finished=True, step=trainer.step, bad_images=sorted(trainer.bad_indices))
+            say(f"done in {time.time() - started:.0f} s: {output_dir} holds the model, its card and pictures")
+            if repo_id is not None:
+                _publish(output_dir, repo_id, args.token)
+                say(f"uploaded to {repo_id}")
+    finally:
+        accelerator.end_training()
 
 
 def build_accelerator(args: DinoArguments) -> Accelerator:
-    """The precision is the flag's, or accelerate's own where there is no flag; they must not contradict."""
-    device_type = PartialState().device.type
+    """The precision is the flag's, or accelerate's own where there is no flag; they must not contradict.
+
+    Raises:
+        InputError: a precision that cannot be had, or processes that would not know of each other.
+    """
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != state.num_processes:
+        raise InputError(
+            f"{launched} processes were launched, but without GPUs each would train alone: launch one process, or set "
+            "ACCELERATE_USE_CPU=true to train on the CPU in all of them"
+        )
+    device_type = state.device.type
     precision = check_precision(args, os.environ.get("ACCELERATE_MIXED_PRECISION"), device_type)
     return Accelerator(
         mixed_precision=precision,
@@ -121,7 +156,7 @@ def build_accelerator(args: DinoArguments) -> Accelerator:
     )
 
 
-def loop_settings(args: DinoArguments, settings: ResolvedSettings, output_dir: Path) -> LoopSettings:
+def loop_settings(args: DinoArguments, settings: ResolvedSettings, output_dir: Path, precision: str) -> LoopSettings:
     return LoopSettings(
         output_dir=output_dir,
         images_per_step=settings.global_batch,
@@ -136,9 +171,10 @@ def loop_settings(args: DinoArguments, settings: ResolvedSettings, output_dir: P
         identity={
             "global batch": settings.global_batch,
             "number of images": settings.num_images,
-            "--token_reduction": args.token_reduction,
-            "--keep_rate": args.keep_rate,
-            "--curriculum": args.curriculum,
+            **{f"--{name}": value for name, value in asdict(args).items() if name in UNCHANGED_ON_RESUME},
+            "reduction layers": list(settings.reduction_layers),
+            "learning rate": settings.learning_rate,
+            "precision": precision,
         },
     )
 
@@ -166,12 +202,26 @@ def _create_repo(args: DinoArguments, accelerator: Accelerator) -> str | None:
 def _prepare_folder(args: DinoArguments, settings: ResolvedSettings, output_dir: Path) -> None:
     if args.overwrite_output_dir:
         clear_previous_run(output_dir)
+    try:
+        _write_run_files(args, settings, output_dir)
+    except OSError as error:
+        raise InputError(f"--output_dir {output_dir}: it cannot be written: {error.strerror}") from None
+
+
+def _write_run_files(args: DinoArguments, settings: ResolvedSettings, output_dir: Path) -> None:
     resolved = {key: value for key, value in asdict(settings).items() if key != "notes"}
     about = {"hardware": hardware(), "versions": versions()}
     # first of all, because it marks the folder as a run's, which --overwrite_output_dir may clear
     write_json(output_dir / RUN_FILE, {"pid": os.getpid(), "finished": False, **about, "settings": resolved})
     plain = {key: value for key, value in asdict(args).items() if key != "token"}
     (output_dir / TRAINING / "arguments.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+
+
+def _publish(output_dir: Path, repo_id: str, token: str | None) -> None:
+    try:
+        upload_run(output_dir, repo_id, "DINO pretraining with hf-simprune", token)
+    except UploadError as error:
+        raise TrainingError(str(error)) from error
 
 
 def _update_run_file(output_dir: Path, **changes: Any) -> None:

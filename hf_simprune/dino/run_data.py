@@ -1,31 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data of a run: training rows, their crops, and the labelled rows of the k-NN."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from ..errors import InputError
 from .arguments import DinoArguments
 from .augmentation import AugmentationConfig
 from .crops import decode_image
 from .data import MultiCropDataset, PixelCache, decode_small_set
 from .dataset_loading import encoded_bytes, find_image_column, find_label_column, image_rows, load_split, undecoded
-from .online_knn import LabelledImages, OnlineKnn, hold_out, spread_rows
+from .online_knn import LabelledImages, OnlineKnn, drawn, hold_out
 from .streaming import StreamingMultiCropDataset
 from .views import LoaderSource, StreamSource
 
 
 DEFAULT_STREAM_BANK = 5000
+SHUFFLE_BUFFER = 1000
+UNKNOWN_CLASS = -1  # how `datasets` marks images whose class is kept secret
 
 
 @dataclass(frozen=True)
 class RunData:
-    """An opened training set. `num_images` is `None` for a stream; `notes` are lines to print."""
+    """An opened training set. `num_images` is `None` for a stream; `notes` are lines to print.
+
+    evaluated_on: what the k-NN classifies, in words; empty without it.
+    """
 
     args: DinoArguments
     train: Dataset | IterableDataset
@@ -33,6 +41,7 @@ class RunData:
     cache: PixelCache | None
     bank: LabelledImages | None
     queries: LabelledImages | None
+    evaluated_on: str
     notes: tuple[str, ...]
 
     @property
@@ -77,7 +86,14 @@ class RunData:
         args = self.args
         progress = accelerator.is_main_process and not args.disable_tqdm
         return OnlineKnn(
-            model, processor, self.bank, self.queries, args.knn_k, args.knn_temperature, progress=progress
+            model,
+            processor,
+            self.bank,
+            self.queries,
+            args.knn_k,
+            args.knn_temperature,
+            accelerator,
+            progress=progress,
         )
 
 
@@ -89,18 +105,34 @@ def open_data(args: DinoArguments) -> RunData:
     """
     train = _split(args, args.dataset_name_or_path, args.train_split, args.max_train_samples, "--train_split")
     image_column = find_image_column(train, args.image_column)
-    label_column = find_label_column(train.features, args.label_column) if train.features is not None else None
+    label_column, no_label = _label_column(args, train)
     cache = None if args.streaming else decode_small_set(train, image_column)
     notes = []
     if cache is not None:
         notes.append(f"data: {len(cache):,} decoded images held in memory ({cache.nbytes / 1e6:.1f} MB)")
     bank = queries = None
+    evaluated_on = ""
     if label_column is None:
-        notes.append("k-NN: off, the data set has no column of class labels (--label_column)")
+        notes.append(f"k-NN: off, {no_label}")
     else:
-        bank, queries, note = _knn_rows(args, train, image_column, label_column)
-        notes.append(note)
-    return RunData(args, train, image_column, cache, bank, queries, tuple(notes))
+        bank, queries, evaluated_on = _knn_images(args, train, image_column, label_column)
+        if bank and queries:
+            notes.append(f"k-NN: {evaluated_on} of {len(bank.labels.unique())} classes")
+        else:
+            notes.append(f"k-NN: off, there is nothing to classify or to vote ({evaluated_on})")
+            bank, queries, evaluated_on = None, None, ""
+    return RunData(args, train, image_column, cache, bank, queries, evaluated_on, tuple(notes))
+
+
+def _label_column(args: DinoArguments, train: Dataset | IterableDataset) -> tuple[str | None, str]:
+    """The column of class numbers, or `None` and why there is none: labels are not needed to train."""
+    try:
+        found = find_label_column(known_features(train), args.label_column)
+    except InputError as error:
+        if args.label_column is not None:
+            raise
+        return None, str(error)
+    return found, "the data set has no column of class numbers (--label_column)"
 
 
 def _split(args: DinoArguments, name: str, split: str, limit: int | None, option: str) -> Dataset | IterableDataset:
@@ -117,44 +149,50 @@ def _split(args: DinoArguments, name: str, split: str, limit: int | None, option
     )
 
 
-def _knn_rows(
+def known_features(dataset: Dataset | IterableDataset) -> Features:
+    """The columns' types; a stream that does not declare them is judged by its first rows."""
+    if dataset.features is not None:
+        return dataset.features
+    return Dataset.from_list(list(islice(dataset, 8))).features
+
+
+def _knn_images(
     args: DinoArguments, train: Dataset | IterableDataset, image_column: str, label_column: str
 ) -> tuple[LabelledImages, LabelledImages, str]:
-    """Bank and queries, and a line that says what they are."""
+    """Bank and queries, and in words what is classified by what."""
     if isinstance(train, IterableDataset):
         train = _held(train, min(args.knn_bank_samples, DEFAULT_STREAM_BANK), image_column, label_column)
-    rows = spread_rows(len(train), args.knn_bank_samples)
-    evaluates_elsewhere = args.eval_split is not None or args.eval_dataset_name_or_path is not None
-    if not evaluates_elsewhere:
-        bank_rows, query_rows = hold_out(rows)
-        query_rows = query_rows[: args.max_eval_samples]
-        bank = labelled_images(train, image_column, label_column, bank_rows)
-        queries = labelled_images(train, image_column, label_column, query_rows)
-        note = f"k-NN: every tenth training image ({len(queries):,}) is classified by {len(bank):,} others"
-        return bank, queries, note + "; name other images with --eval_split"
+    bank = labelled_images(train, image_column, label_column)
+    bank = bank.subset(drawn(len(bank), args.knn_bank_samples))
+    if args.eval_split is None and args.eval_dataset_name_or_path is None:
+        bank, queries = hold_out(bank)
+        queries = queries.subset(drawn(len(queries), args.max_eval_samples))
+        return bank, queries, f"{len(queries):,} training images, drawn at random, classified by {len(bank):,} others"
     name, split = args.eval_dataset_name_or_path or args.dataset_name_or_path, args.eval_split or "train"
     test = _split(args, name, split, None, "--eval_split")
     test_image = find_image_column(test, args.image_column)
-    test_label = find_label_column(test.features, args.label_column or label_column)
+    test_label = find_label_column(known_features(test), args.label_column or label_column)
     if isinstance(test, IterableDataset):
         test = _held(test, args.max_eval_samples or DEFAULT_STREAM_BANK, test_image, test_label)
-    bank = labelled_images(train, image_column, label_column, rows)
-    queries = labelled_images(test, test_image, test_label, spread_rows(len(test), args.max_eval_samples))
-    note = f"k-NN: {len(queries):,} images of {name} ({split}) are classified by {len(bank):,} training images"
-    return bank, queries, note
+    queries = labelled_images(test, test_image, test_label)
+    queries = queries.subset(drawn(len(queries), args.max_eval_samples))
+    name = Path(name).name
+    return bank, queries, f"{len(queries):,} images of {name} ({split}), classified by {len(bank):,} training images"
 
 
-def labelled_images(dataset: Dataset, image_column: str, label_column: str, rows: Sequence[int]) -> LabelledImages:
-    """The given rows, decoded whenever they are asked for."""
+def labelled_images(dataset: Dataset, image_column: str, label_column: str) -> LabelledImages:
+    """The rows whose class is known, decoded whenever they are asked for."""
     encoded = image_rows(dataset, image_column)
-    labels = torch.tensor(dataset.select_columns([label_column])[label_column][:])
+    labels = dataset.select_columns([label_column])[label_column][:]
+    rows = [row for row, label in enumerate(labels) if label not in (None, UNKNOWN_CLASS)]
 
     def image(row: int) -> Image.Image:
         return Image.fromarray(decode_image(encoded_bytes(encoded[row][image_column])).numpy())
 
-    return LabelledImages(image, list(rows), labels[list(rows)])
+    return LabelledImages(image, rows, torch.tensor([labels[row] for row in rows], dtype=torch.int64))
 
 
 def _held(stream: IterableDataset, count: int, image_column: str, label_column: str) -> Dataset:
-    """The first rows of a stream, still encoded, in memory."""
-    return Dataset.from_list(list(undecoded(stream).select_columns([image_column, label_column]).take(count)))
+    """Rows of a stream, still encoded, in memory: the first ones of its shuffled shards, through a shuffle buffer."""
+    rows = undecoded(stream).select_columns([image_column, label_column]).shuffle(seed=0, buffer_size=SHUFFLE_BUFFER)
+    return Dataset.from_list(list(rows.take(count)))

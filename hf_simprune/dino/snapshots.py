@@ -16,9 +16,10 @@ MOMENTS = ("start", "middle", "end")
 NUM_IMAGES = 3
 
 
-def moment_steps(total_steps: int) -> dict[int, str]:
-    """Optimiser steps before which a snapshot is taken."""
-    return {0: MOMENTS[0], (total_steps - 1) // 2: MOMENTS[1], total_steps - 1: MOMENTS[2]}
+def moment_steps(total_steps: int) -> dict[int, tuple[str, ...]]:
+    """Optimiser steps before which a snapshot is taken, and its moments: in runs of a step or two they coincide."""
+    steps = (0, (total_steps - 1) // 2, total_steps - 1)
+    return {step: tuple(name for name, at in zip(MOMENTS, steps, strict=True) if at == step) for step in steps}
 
 
 def stage_dropped(kept: list[Tensor], num_patches: int) -> Tensor:
@@ -67,5 +68,6 @@ class PruningSnapshots:
         patches = self.model.student.backbone.embed(crops[:1]).shape[1] - self.model.student.backbone.num_prefix_tokens
         student, teacher = (stage_dropped([stage[branch] for stage in kept], patches) for branch in (0, 1))
         n = len(crops) // 2
-        stored[self.moments[step]] = torch.stack([student[:n], teacher[n:]], dim=1).cpu()
+        for moment in self.moments[step]:
+            stored[moment] = torch.stack([student[:n], teacher[n:]], dim=1).cpu()
         save_file(stored, self.path)

@@ -133,8 +133,8 @@ class DinoTrainer:
             before = state["identity"].get(option, value)
             if before != value and not self.settings.allow_schedule_change:
                 raise InputError(
-                    f"--resume_from_checkpoint {checkpoint}: {option} was {before} and is now {value}; "
-                    "use the original value, or --allow_schedule_change to go on with the new one"
+                    f"--resume_from_checkpoint {checkpoint}: {option} was {before} and is now {value}; use the "
+                    "original value, or --allow_schedule_change to go on as another run from here"
                 )
         self.step = state["step"]
         self.batches_seen = state["batches_seen"]
@@ -172,7 +172,7 @@ class DinoTrainer:
             micro_batches = next(batches)
             data_wait = time.perf_counter() - started
             values = self.schedules.at(self.step)
-            due = (self.step + 1) % settings.logging_steps == 0
+            due = self._log_due(self.step + 1)
             torch.manual_seed(step_seed(settings.seed, self.batches_seen, self.accelerator.process_index))
             views = [self.source.views(batch) for batch in micro_batches]
             if self.snapshot is not None and self.step in self.snapshot_steps:
@@ -189,9 +189,10 @@ class DinoTrainer:
                 self._count_step(log, result, values, time.perf_counter() - started, data_wait)
             finished = self.step == self.schedules.total_steps
             save_due = not result.skipped and self.step % settings.save_steps == 0
-            if finished or save_due or interrupts.requested:
+            interrupted = self._any_process(interrupts.requested is not None)
+            if finished or save_due or interrupted:
                 self.save()
-            if interrupts.requested and not finished:
+            if interrupted and not finished:
                 raise TrainingInterrupted(
                     f"interrupted after step {self.step}; everything is saved. To resume, run the same command with "
                     "--resume_from_checkpoint latest"
@@ -208,16 +209,20 @@ class DinoTrainer:
             log.say(f"warning: {message}")
             log.write({"step": self.step, "collapse": message})
         log.advance(**self._shown(result, values))
-        if self.step % self.settings.logging_steps == 0:
+        if self._log_due(self.step):
             self._log(log, result, values)
         if self.step in self._evaluation_steps():
             self._evaluate(log)
 
     def save(self) -> Path | None:
-        """Write a checkpoint of the current step (main process)."""
+        """Write a checkpoint of the current step; the main process does, and the others wait for it."""
         self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return None
+        path = self._write_checkpoint() if self.accelerator.is_main_process else None
+        # a process that ended now would make the launcher end the one that writes
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _write_checkpoint(self) -> Path:
         scaler = self.accelerator.scaler
         state = {
             "step": self.step,
@@ -234,8 +239,17 @@ class DinoTrainer:
             self.after_save(self.step)
         return path
 
+    def _any_process(self, here: bool) -> bool:
+        """Whether it is so in any process: they must all stop after the same step, whenever a signal reached each."""
+        if self.accelerator.num_processes == 1:
+            return here
+        return self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device)).item() > 0
+
     def _identity(self) -> dict[str, Any]:
         return {"total steps": self.schedules.total_steps, "--seed": self.settings.seed, **self.settings.identity}
+
+    def _log_due(self, step: int) -> bool:
+        return step % self.settings.logging_steps == 0 or step == self.schedules.total_steps
 
     def _evaluation_steps(self) -> range:
         every = self.settings.knn_every
@@ -245,9 +259,11 @@ class DinoTrainer:
         if self.evaluate is None:
             return
         self.accelerator.wait_for_everyone()
+        started = time.perf_counter()
         numbers = self.evaluate(self.step)
         log.write({"step": self.step, **self._epoch(), **numbers})
-        log.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+        cost = f" ({time.perf_counter() - started:.1f} s)"
+        log.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()) + cost)
 
     def _epoch(self) -> dict[str, float]:
         per_epoch = self.settings.steps_per_epoch

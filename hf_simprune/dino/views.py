@@ -20,9 +20,11 @@ from .streaming import StreamingMultiCropDataset
 NO_END = sys.maxsize // 2**16
 
 
-def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the training process decides, its workers go on until it stops them."""
+def outlive_interrupts(worker: int) -> None:
+    """Ctrl-C, and a scheduler's SIGTERM, reach the whole process group; the training process decides, and its workers
+    go on until it stops them. A second SIGTERM ends a worker, as that is how a stuck one is stopped."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class LoaderSource:
@@ -116,7 +118,7 @@ def loader_options(num_workers: int, device: torch.device) -> dict:
     """What every loader of crops has in common."""
     options = {"collate_fn": collate, "num_workers": num_workers, "pin_memory": device.type == "cuda"}
     if num_workers:
-        options |= {"worker_init_fn": ignore_interrupts, "prefetch_factor": 4}
+        options |= {"worker_init_fn": outlive_interrupts, "prefetch_factor": 4}
     return options
 
 

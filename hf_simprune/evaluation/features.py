@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import BatchFeature, PreTrainedModel, ViTImageProcessorPil
+from transformers import PreTrainedModel, ViTImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..errors import InputError
@@ -93,12 +93,12 @@ def _pixel_batches(
     images: Iterable[Image.Image], processor: BaseImageProcessor, batch_size: int, progress: bool
 ) -> Iterator[Tensor]:
     total = math.ceil(len(images) / batch_size) if isinstance(images, Sized) else None
-    stream = iter(images)
+    # one image at a time, so that only network-sized pixels are held, however large the images are
+    stream = (processor(images=[i.convert("RGB")], return_tensors="pt")["pixel_values"][0] for i in images)
     batches = iter(lambda: list(islice(stream, batch_size)), [])
     empty = True
     for batch in tqdm(batches, total=total, desc="features", disable=not progress, leave=False):
-        inputs: BatchFeature = processor(images=[image.convert("RGB") for image in batch], return_tensors="pt")
-        yield inputs["pixel_values"]
+        yield torch.stack(batch)
         empty = False
     if empty:
         raise InputError("there are no images to take features of; at least one is needed")

@@ -73,11 +73,16 @@ class StepMacs:
 
 
 def backbone_macs(
-    spec: BackboneSpec, num_patches: int, keep_rate: float = 1.0, reduction_layers: Sequence[int] = ()
+    spec: BackboneSpec,
+    num_patches: int,
+    keep_rate: float = 1.0,
+    reduction_layers: Sequence[int] = (),
+    cls_only: bool = False,
 ) -> int:
     """Forward MACs of one image of `num_patches` patches, without head or pooler.
 
     At each of `reduction_layers` (0-based) the patches fall to ceil(keep_rate * n) between attention and MLP.
+    `cls_only`: the last block computes CLS alone, as in training; it still attends to all tokens.
     Raises InputError for a keep rate outside (0, 1] or a bad layer list.
     """
     layers = validate_reduction_layers(reduction_layers, spec.depth)
@@ -87,7 +92,12 @@ def backbone_macs(
     tokens = next(stages) + prefix
     for block in range(spec.depth):
         # q, k, v and output projections; scores and their product with the values.
-        total += 4 * tokens * width**2 + 2 * tokens**2 * width
+        attention = 4 * tokens * width**2 + 2 * tokens**2 * width
+        if cls_only and block == spec.depth - 1:
+            # keys and values of all tokens, the rest of CLS; tokens that are matched here are attended in full first
+            total += attention if block in layers else 0
+            return total + (2 * tokens + 2) * width**2 + 2 * tokens * width + 2 * width * spec.intermediate_size
+        total += attention
         if block in layers:
             tokens = next(stages) + prefix
         total += 2 * tokens * width * spec.intermediate_size
@@ -134,11 +144,11 @@ def training_step_macs(
     """MACs per image of one DINO step on two global views of `num_patches` and `num_local_crops` local crops.
 
     The student sees all crops, forward and backward (three forwards); the teacher sees the global views, forward only.
-    `matching` is False for reducers that compare nothing.
+    Of the last block only CLS is computed. `matching` is False for reducers that compare nothing.
     """
-    student = teacher = 2 * backbone_macs(spec, num_patches, keep_rate, reduction_layers)
+    student = teacher = 2 * backbone_macs(spec, num_patches, keep_rate, reduction_layers, cls_only=True)
     if num_local_crops:
-        student += num_local_crops * backbone_macs(spec, num_local_patches, keep_rate, reduction_layers)
+        student += num_local_crops * backbone_macs(spec, num_local_patches, keep_rate, reduction_layers, cls_only=True)
     return StepMacs(
         student=3 * student,
         teacher=teacher,

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `--push_to_hub` does: make the repository before training starts, upload the run's folder afterwards."""
 
-from concurrent.futures import Future
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, get_token
@@ -11,7 +10,7 @@ from ..errors import InputError
 
 
 # Checkpoints hold optimiser states and are several times the size of the model; a leading dot marks unfinished files.
-IGNORED = ("checkpoint-*", ".*", "*/.*")
+IGNORED = ("checkpoint-*", "abandoned-*", "training/initial/*", "training/teacher/*", ".*", "*/.*")
 
 
 class UploadError(RuntimeError):
@@ -52,15 +51,13 @@ def upload_run(
     repo_id: str,
     message: str,
     token: str | None = None,
-    run_as_future: bool = False,
-) -> CommitInfo | Future[CommitInfo]:
-    """Upload a run's output folder without its checkpoints.
+) -> CommitInfo:
+    """Upload a run's output folder without its checkpoints and its untrained network.
 
     Args:
         folder: the output folder.
         repo_id: as returned by [`create_repo_early`].
         message: of the commit.
-        run_as_future: return at once; the files must not change until the future is done, and it holds any error.
 
     Raises:
         UploadError: if the upload fails; the folder is as it was.
@@ -71,7 +68,6 @@ def upload_run(
             folder_path=folder,
             commit_message=message,
             ignore_patterns=list(IGNORED),
-            run_as_future=run_as_future,
         )
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         raise UploadError(

@@ -67,4 +67,3 @@ class FixedViews:
 
     def views(self, batch):
         return batch
-

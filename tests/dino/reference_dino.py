@@ -49,7 +49,7 @@ class ReferenceNet(nn.Module):
 
 
 class ReferenceTrainer:
-    """`schedule(step)` gives lr, weight decay, teacher momentum, teacher temperature, whether prototypes are frozen."""
+    """`schedule(step)` gives lr, weight decay, teacher momentum and temperature, and whether prototypes are frozen."""
 
     def __init__(self, student: ReferenceNet, teacher: ReferenceNet, out_dim, schedule, max_norm=3.0):
         self.student, self.teacher, self.schedule, self.max_norm = student, teacher, schedule, max_norm

@@ -80,9 +80,10 @@ class TestResolve:
         small = {"architecture": "vit_micro", "image_size": 60}
         found = resolve(make_arguments(**small), 640, 1)
         assert found.blur_prob == found.solarize_prob == (0.0, 0.0, 0.0)
-        assert "chosen: blur_prob 0 0 0: off, as global crops of 60 px are below 64 px" in describe(found)
+        assert "chosen: blur_prob 0 0 0: off for crops below 64 px" in describe(found)
         assert resolve(make_arguments(**small, blur_prob=[1.0, 0.5, 0.1]), 640, 1).blur_prob == (1.0, 0.5, 0.1)
-        assert resolve(make_arguments(architecture="vit_micro", image_size=64), 640, 1).blur_prob == (1.0, 0.1, 0.5)
+        large = make_arguments(architecture="vit_micro", image_size=64, local_crop_size=48)
+        assert resolve(large, 640, 1).blur_prob == (1.0, 0.1, 0.0)
 
     def test_small_sets_get_a_smaller_head_and_a_sharper_faster_teacher(self):
         tiny, large = defaults_for_size(20), defaults_for_size(10_000_000)

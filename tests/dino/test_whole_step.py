@@ -21,7 +21,8 @@ def loop_settings(folder, **changes):
 
 def trained(folder, engine, source=None, schedules=None, **changes):
     """Run to the end; returns the logged losses."""
-    trainer = DinoTrainer(engine, schedules or tiny_schedules(), source or FixedViews(), loop_settings(folder, **changes))
+    settings = loop_settings(folder, **changes)
+    trainer = DinoTrainer(engine, schedules or tiny_schedules(), source or FixedViews(), settings)
     trainer.train()
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -81,9 +82,7 @@ def test_one_large_batch_equals_accumulated_small_ones():
     for step in range(6):
         views = tiny_views(step, batch=32)
         crops, local = views.global_crops.unflatten(0, (2, 32)), views.local_crops.unflatten(0, (2, 32))
-        micro = [
-            Views(crops[:, i : i + 8].flatten(0, 1), local[:, i : i + 8].flatten(0, 1)) for i in range(0, 32, 8)
-        ]
+        micro = [Views(crops[:, i : i + 8].flatten(0, 1), local[:, i : i + 8].flatten(0, 1)) for i in range(0, 32, 8)]
         a, b = whole.step([views], schedules.at(step)), parts.step(micro, schedules.at(step))
         assert a.loss == pytest.approx(b.loss, abs=1e-6)
         assert (whole.center - parts.center).abs().max() < 1e-6

@@ -58,8 +58,8 @@ PUSH = """
         repo_id = create_repo_early(sys.argv[1], private="private" in sys.argv)
         print("repo", repo_id)
         if "upload" in sys.argv:
-            result = upload_run(sys.argv[2], repo_id, "the run", run_as_future="future" in sys.argv)
-            print("commit", result.result().oid if "future" in sys.argv else result.oid)
+            result = upload_run(sys.argv[2], repo_id, "the run")
+            print("commit", result.oid)
     except (InputError, UploadError) as error:
         print(type(error).__name__ + ":", error)
 """
@@ -107,7 +107,7 @@ def test_pushing_again_in_the_background_adds_what_changed(hub, run_folder, tmp_
     assert "tester/again" in hub.private
     before = len(hub.commits["tester/again"])
     (run_folder / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n')
-    second = client(hub, tmp_path, PUSH, "tester/again", run_folder, "upload", "future")
+    second = client(hub, tmp_path, PUSH, "tester/again", run_folder, "upload")
     assert f"commit {hub.commits['tester/again'][-1]}" in second.stdout, second.stdout + second.stderr
     assert len(hub.commits["tester/again"]) == before + 1
     assert hub.repos["tester/again"]["metrics.jsonl"] == b'{"step": 2, "loss": 1.0}\n'

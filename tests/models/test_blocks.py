@@ -163,3 +163,37 @@ def test_the_first_queries_alone_equal_the_first_tokens_of_the_half(
     assert results[1][0].shape == (5, count, 24)
     for fewer, whole in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(fewer, whole)
+
+
+def test_samples_that_are_all_dropped_pass_unchanged_and_give_zero_gradients(family: Family, tokens: Tensor):
+    layer = family.own(drop_path_rate=0.999999).train().layers[2]
+    tokens = tokens.requires_grad_()
+    output = layer(tokens)
+    assert torch.equal(output, tokens)
+    output.sum().backward()
+    assert torch.equal(tokens.grad, torch.ones_like(tokens))
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+
+
+def test_dropped_samples_are_not_computed_on_a_cpu(family: Family, tokens: Tensor):
+    layer = family.own(drop_path_rate=0.4).train().layers[2]
+    seen = []
+    layer.mlp.register_forward_hook(lambda module, arguments, output: seen.append(len(arguments[0])))
+    torch.manual_seed(5)
+    change = layer(tokens, half="mlp") - tokens
+    assert seen == [int((change.abs().amax(dim=(1, 2)) > 0).sum())]
+    assert 0 < seen[0] < len(tokens)
+
+
+def test_gradients_of_kept_samples_equal_those_of_the_masked_sum(family: Family, tokens: Tensor):
+    layer = family.own(drop_path_rate=0.4).train().double().layers[2]
+    tokens = tokens.double()
+    gradients = []
+    for attention_mask in (None, torch.zeros(5, 1, 17, 17, dtype=torch.float64)):  # a mask selects the masked sum
+        layer.zero_grad()
+        leaf = tokens.clone().requires_grad_()
+        torch.manual_seed(5)
+        layer(leaf, attention_mask).square().sum().backward()
+        gradients.append([leaf.grad, *(p.grad.clone() for p in layer.parameters())])
+    for kept, masked in zip(*gradients, strict=True):
+        torch.testing.assert_close(kept, masked)

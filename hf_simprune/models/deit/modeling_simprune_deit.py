@@ -120,7 +120,37 @@ def _add(residual: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
     return update + residual if scale is None else torch.addcmul(residual, update, scale)
 
 
+def on_kept_samples(half: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`half` computed for the samples that stochastic depth keeps only; the others pass by unchanged."""
+
+    def run(layer: DeiTLayer, hidden_states: Tensor, scale: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        rows = None if scale is None else scale.flatten().nonzero().squeeze(1)
+        # With no sample left all are computed, times zero: every parameter gets a gradient at every step.
+        if rows is None or not len(rows):
+            return half(layer, hidden_states, scale, *args, **kwargs)
+        # index_select, because the backward of indexing with a tensor is several times slower
+        kept = half(layer, hidden_states.index_select(0, rows), scale[rows], *args, **kwargs)
+        return hidden_states[:, : kept.shape[1]].index_copy(0, rows, kept)
+
+    return run
+
+
+def run_kept_block(
+    layer: DeiTLayer,
+    hidden_states: Tensor,
+    attention_scale: Tensor | None,
+    mlp_scale: Tensor | None,
+    attention_mask: Tensor | None,
+    hooked: bool,
+    **kwargs: Any,
+) -> Tensor:
+    """`run_block` for the samples that stochastic depth keeps, in each half its own."""
+    hidden_states = KEPT.attention(layer, hidden_states, attention_scale, attention_mask, hooked, **kwargs)
+    return KEPT.mlp(layer, hidden_states, mlp_scale)
+
+
 PLAIN = BlockFunctions(run_attention, run_mlp, run_block)
+KEPT = BlockFunctions(on_kept_samples(run_attention), on_kept_samples(run_mlp), run_kept_block)
 
 
 class SimPruneDeiTLayer(DeiTLayer):
@@ -151,6 +181,10 @@ class SimPruneDeiTLayer(DeiTLayer):
         # Attention weights are recorded by a hook, which compiled code cannot run.
         run = PLAIN if kwargs.get("output_attentions") else self.functions
         hooked = run is PLAIN
+        # How many samples are kept is known at once on a CPU only, and in no compiled code.
+        on_cpu = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and run is self.functions is PLAIN and attention_mask is None:
+            run = KEPT
         # The scales are drawn outside of what is compiled: there, a rate is a constant and would cost a graph a block.
         if half is None:
             scales = self._residual_scale(hidden_states), self._residual_scale(hidden_states)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random crops and a whole training step of this package, for the benchmarks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from hf_simprune.dino.dual_branch import Branch, DualBranch
+from hf_simprune.dino.engine import DinoEngine, Views
+from hf_simprune.dino.head import DinoHead
+from hf_simprune.dino.schedules import StepValues
+from hf_simprune.models.architectures import build_backbone
+from hf_simprune.reduction import build_reducer, default_reduction_layers
+
+
+GLOBAL_SIZE, LOCAL_SIZE = 224, 96
+# Mid-training values: nothing is warming up or frozen, the window is in the middle.
+VALUES = StepValues(
+    learning_rate=1.5e-5,
+    weight_decay=0.04,
+    momentum_teacher=0.996,
+    teacher_temp=0.04,
+    last_layer_frozen=False,
+    window_progress=0.5,
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all sides of a race share."""
+
+    architecture: str
+    batch: int
+    local_crops_number: int
+    out_dim: int
+    drop_path_rate: float
+    bf16: bool
+    device: torch.device
+    seed: int
+
+
+def random_crops(setting: Setting) -> list[torch.Tensor]:
+    """Two global crops and the local ones, each (B, 3, size, size), standard normal."""
+    generator = torch.Generator().manual_seed(setting.seed)
+    sizes = [GLOBAL_SIZE] * 2 + [LOCAL_SIZE] * setting.local_crops_number
+    crops = [torch.randn(setting.batch, 3, size, size, generator=generator) for size in sizes]
+    return [crop.to(setting.device) for crop in crops]
+
+
+def build_step(
+    setting: Setting, crops: list[torch.Tensor], keep_rate: float, clip_grad: float | None = None
+) -> Callable[[], float]:
+    """A whole training step: dense at keep rate 1, SimPrune below. Returns the loss of the step."""
+    torch.manual_seed(setting.seed)
+    student, teacher = (
+        Branch(backbone, DinoHead(backbone.config.hidden_size, setting.out_dim))
+        for backbone in (
+            build_backbone(setting.architecture, GLOBAL_SIZE, drop_path_rate=rate)
+            for rate in (setting.drop_path_rate, 0.0)
+        )
+    )
+    reducer = build_reducer("none" if keep_rate == 1.0 else "simprune", keep_rate)
+    layers = default_reduction_layers(student.backbone.config.num_hidden_layers)
+    accelerator = Accelerator(cpu=setting.device.type == "cpu", mixed_precision="bf16" if setting.bf16 else "no")
+    engine = DinoEngine(DualBranch(student, teacher, reducer, layers), accelerator, clip_grad=clip_grad)
+
+    def step() -> float:
+        local = torch.cat(crops[2:]) if len(crops) > 2 else None
+        return engine.step([Views(torch.cat(crops[:2]), local)], VALUES).loss
+
+    return step
