@@ -2,7 +2,6 @@
 """Opening a data set through `datasets` and finding the image and label columns in it."""
 
 import io
-import json
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -182,21 +181,6 @@ def find_label_column(features: Features, label_column: str | None = None) -> st
     if len(candidates) > 1 and LABEL_NAMES[0] not in candidates:
         raise InputError(f"--label_column: {', '.join(candidates)} all hold class numbers; choose one")
     return LABEL_NAMES[0] if LABEL_NAMES[0] in candidates else next(iter(candidates), None)
-
-
-def class_names(features: Features, label_column: str, dataset_name_or_path: str) -> list[str] | None:
-    """Names of the classes, or None where nobody wrote them down.
-
-    They come from the ClassLabel feature, else from `classes` of the JSON under the schema key `info` of a local
-    parquet file, which `datasets` does not carry over.
-    """
-    if isinstance(features[label_column], ClassLabel):
-        return list(features[label_column].names)
-    path = Path(dataset_name_or_path).expanduser()
-    if not path.is_file():
-        return None
-    metadata = pyarrow.parquet.read_schema(path).metadata or {}
-    return json.loads(metadata.get(b"info", b"{}")).get("classes")
 
 
 def encoded_bytes(value: Any) -> bytes:

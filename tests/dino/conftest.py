@@ -1,5 +1,7 @@
-"""A tiny double-precision DINO, built the way the trainer builds it."""
+"""A tiny double-precision DINO, built the way the trainer builds it, and small data sets."""
 
+import datasets
+import pytest
 import torch
 from accelerate import Accelerator
 
@@ -9,6 +11,8 @@ from hf_simprune.dino.head import DinoHead
 from hf_simprune.dino.schedules import DinoSchedules
 from hf_simprune.models.architectures import build_backbone
 from hf_simprune.reduction import build_reducer
+
+from .image_files import encode, pixels, write_parquet
 
 
 OUT_DIM = 24
@@ -67,3 +71,37 @@ class FixedViews:
 
     def views(self, batch):
         return batch
+
+
+@pytest.fixture
+def images() -> list[bytes]:
+    return [encode(pixels(seed, 40 + seed, 30)) for seed in range(12)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    # otherwise each epoch of several parquet shards ends with five seconds of sleep
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
+@pytest.fixture
+def parquet(tmp_path, images) -> str:
+    return write_parquet(tmp_path / "some_images.parquet", images)
+
+
+@pytest.fixture
+def broken(tmp_path, images) -> str:
+    images[3] = images[3][:200]  # truncated
+    images[4] = b"no image"
+    images[11] = b""
+    return write_parquet(tmp_path / "broken.parquet", images)
+
+
+@pytest.fixture
+def shards(tmp_path, images) -> str:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in range(4):
+        write_parquet(folder / f"train-{number}.parquet", images[3 * number : 3 * number + 3])
+    return str(folder)

@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a data set on disk to batches: columns, crops, order, unreadable images, streams."""
 
-import io
-from pathlib import Path
-
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -18,54 +13,12 @@ from hf_simprune.dino.augmentation import AugmentationConfig, epoch_order, sampl
 from hf_simprune.dino.batch import PARAMETER_NAMES, collate
 from hf_simprune.dino.crops import cut_crops, decode_image, draft_factor, image_size, make_views, to_rgb
 from hf_simprune.dino.data import BadImageError, MultiCropDataset, decode_small_set
-from hf_simprune.dino.dataset_loading import class_names, find_image_column, find_label_column, load_split
+from hf_simprune.dino.dataset_loading import find_image_column, find_label_column, load_split
 from hf_simprune.dino.sampler import GlobalBatchSampler
 from hf_simprune.dino.streaming import StreamingMultiCropDataset
 from hf_simprune.errors import InputError
 
-
-CFG = AugmentationConfig(global_crop_size=24, local_crop_size=12, local_crops_number=2)
-
-
-def pixels(seed: int, width: int = 40, height: int = 30) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def encode(image: np.ndarray | Image.Image, format_name: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    image.save(buffer, format=format_name, **options)
-    return buffer.getvalue()
-
-
-def write_parquet(path: Path, encoded: list[bytes], metadata: dict | None = None, **columns) -> str:
-    table = pa.table({"image": encoded, "label": list(range(len(encoded))), **columns})
-    pq.write_table(table.replace_schema_metadata(metadata), path)
-    return str(path)
-
-
-@pytest.fixture
-def images() -> list[bytes]:
-    return [encode(pixels(seed, 40 + seed, 30)) for seed in range(12)]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    # otherwise each epoch of several parquet shards ends with five seconds of sleep
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
-
-
-@pytest.fixture
-def parquet(tmp_path, images) -> str:
-    return write_parquet(tmp_path / "some_images.parquet", images)
-
-
-def one_line_naming(error: pytest.ExceptionInfo, *words: str) -> None:
-    message = str(error.value)
-    assert "\n" not in message and all(word in message for word in words), message
+from .image_files import CFG, encode, one_line_naming, pixels, write_parquet
 
 
 # Opening
@@ -88,10 +41,7 @@ def test_a_folder_of_parquet_files_with_an_image_feature(tmp_path, images):
         datasets.Dataset.from_list(part, features=features).to_parquet(folder / f"{split}-00000.parquet")
     dataset = load_split(str(folder), "test")
     assert len(dataset) == 4 and find_image_column(dataset) == "picture"
-    assert find_label_column(dataset.features) == "kind" and class_names(dataset.features, "kind", str(folder)) == [
-        "a",
-        "b",
-    ]
+    assert find_label_column(dataset.features) == "kind"
     made = MultiCropDataset(dataset, "picture", CFG, seed=0)[0, 0]
     assert torch.equal(made["global_crops"], make_views(images[8], CFG, 0, 0, 0)["global_crops"])
 
@@ -111,12 +61,11 @@ def test_a_folder_of_images(tmp_path, images, streaming):
     assert made["global_crops"].shape == (2, 3, 24, 24)
 
 
-def test_a_struct_of_bytes_and_path_and_class_names_of_the_schema(tmp_path, images):
+def test_a_struct_of_bytes_and_path(tmp_path, images):
     structs = [{"bytes": image, "path": None} for image in images]
-    path = write_parquet(tmp_path / "x.parquet", structs, {"info": '{"classes": ["cat", "dog"]}'})
+    path = write_parquet(tmp_path / "x.parquet", structs)
     dataset = load_split(path, "train")
     assert find_image_column(dataset) == "image"
-    assert class_names(dataset.features, "label", path) == ["cat", "dog"]
     assert MultiCropDataset(dataset, "image", CFG, seed=0)[0, 0]["local_crops"].shape == (2, 3, 12, 12)
 
 
@@ -284,14 +233,6 @@ def test_the_cache_changes_nothing_but_time(parquet, images, monkeypatch):
     assert decode_small_set(rows, "image", limit=12 * 3600 + 1) is None
 
 
-@pytest.fixture
-def broken(tmp_path, images) -> str:
-    images[3] = images[3][:200]  # truncated
-    images[4] = b"no image"
-    images[11] = b""
-    return write_parquet(tmp_path / "broken.parquet", images)
-
-
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_next_readable_image_takes_the_place_of_an_unreadable_one(broken, images, cached):
     rows = load_split(broken, "train")
@@ -368,83 +309,6 @@ def test_a_batch_larger_than_the_set_is_refused():
     with pytest.raises(InputError) as error:
         GlobalBatchSampler(23, 4, 1, world_size=2, accumulation=3)
     one_line_naming(error, "--per_device_train_batch_size 4", "24", "23")
-
-
-# Streams
-
-
-@pytest.fixture
-def shards(tmp_path, images) -> str:
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    for number in range(4):
-        write_parquet(folder / f"train-{number}.parquet", images[3 * number : 3 * number + 3])
-    return str(folder)
-
-
-def stream_batches(
-    folder: str, count: int, workers: int = 0, start: int = 0, world: int = 1, rank: int = 0, **changes
-):
-    stream = load_split(folder, "train", streaming=True)
-    dataset = StreamingMultiCropDataset(
-        stream, "image", CFG, 0, 3, world_size=world, rank=rank, num_workers=workers, start_batch=start,
-        shuffle_buffer=4, **changes,
-    )  # fmt: skip
-    loader = DataLoader(dataset, batch_size=3, collate_fn=collate, num_workers=workers)
-    return [batch for batch, _ in zip(dataset.resumed(loader), range(count))]
-
-
-def fingerprints(batches) -> list[int]:
-    """Names each example by its crops and factors, which only its bytes and the epoch decide."""
-    return [
-        hash((batch.global_crops[:, i].numpy().tobytes(), batch.parameters.factors[:, i].tobytes()))
-        for batch in batches
-        for i in range(len(batch))
-    ]
-
-
-@pytest.mark.parametrize(("workers", "world"), [(2, 1), (1, 2), (0, 3)])
-def test_a_stream_gives_each_image_once_an_epoch_with_the_same_crops_everywhere(shards, workers, world):
-    alone = fingerprints(stream_batches(shards, 4))
-    assert len(set(alone)) == 12
-    per_rank = 4 if world == 1 else 1 if world == 3 else 2
-    shared = [
-        name
-        for rank in range(world)
-        for name in fingerprints(stream_batches(shards, per_rank, workers, 0, world, rank))
-    ]
-    if world == 3:  # 12 rows, every third to each rank: 4 rows, of which the first batch has 3
-        assert len(set(shared)) == 9 and set(shared) <= set(alone)
-    else:
-        assert sorted(shared) == sorted(alone)
-
-
-def test_a_streams_next_epoch_has_another_order_and_other_crops(shards):
-    first, second = (fingerprints(part) for part in np.array_split(np.array(stream_batches(shards, 8), object), 2))
-    assert len(set(second)) == 12 and not set(first) & set(second)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_stream_goes_on_where_it_stopped(shards, workers):
-    full = fingerprints(stream_batches(shards, 9, workers))
-    assert fingerprints(stream_batches(shards, 4, workers, start=5)) == full[15:27]
-
-
-def test_a_streams_unreadable_images_are_replaced_and_do_not_disturb_resuming(broken):
-    batches = stream_batches(broken, 8)
-    assert all(len(batch) == 3 for batch in batches)
-    bad = [index for batch in batches for index in batch.bad_indices]
-    assert len(bad) == 6 and len([index for index in bad if index < 12]) == 3
-    assert [index for batch in batches for index in batch.indices.tolist()] == list(range(24))
-    for start in range(1, 5):
-        assert fingerprints(stream_batches(broken, 2, start=start)) == fingerprints(batches[start : start + 2])
-    with pytest.raises(BadImageError, match="--on_bad_image"):
-        stream_batches(broken, 8, on_bad_image="error")
-
-
-def test_more_workers_than_shards_are_refused(parquet):
-    with pytest.raises(InputError, match="--dataloader_num_workers 2: .* 1 shard"):
-        stream_batches(parquet, 1, workers=2)
 
 
 def test_real_photographs_go_through(shared_data):
