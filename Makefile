@@ -2,6 +2,7 @@
 # make test      run the tests, offline
 # make quality   ruff check and format check
 # make style     let ruff mend what it can
+# make deit      write the DeiT model files anew from the ViT ones
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := test
-.PHONY: demo test quality style
+.PHONY: demo test quality style deit
 
 # torch goes first and alone: solved together with the rest, a looser request could fetch a second, far larger build.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -31,3 +32,11 @@ quality: $(INSTALLED)
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+deit: $(INSTALLED)
+	for part in configuration modeling; do \
+	    sed -e 's/ViT/DeiT/g' -e 's/vit/deit/g' hf_simprune/models/vit/$${part}_simprune_vit.py \
+	        > hf_simprune/models/deit/$${part}_simprune_deit.py; \
+	done
+	$(BIN)/ruff check --quiet --fix hf_simprune/models/deit
+	$(BIN)/ruff format --quiet hf_simprune/models/deit
