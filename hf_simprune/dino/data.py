@@ -2,6 +2,7 @@
 """Multi-crop examples of a data set of known length, and its in-memory cache when it is small."""
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -160,7 +161,7 @@ class MultiCropDataset(torch.utils.data.Dataset):
 
 def bad_image_error(index: int, cause: Exception) -> BadImageError:
     """What `--on_bad_image error` raises."""
-    reason = str(cause).partition("\n")[0]
+    reason = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(cause).partition("\n")[0])
     return BadImageError(f"image {index} cannot be read: {reason} (--on_bad_image skip goes on without such images)")
 
 

@@ -131,7 +131,7 @@ def run_training(args: DinoArguments) -> None:
                 _publish(output_dir, repo_id, args.token)
                 say(f"uploaded to {repo_id}")
     finally:
-        accelerator.end_training()
+        _end(accelerator, engine)
 
 
 def build_accelerator(args: DinoArguments) -> Accelerator:
@@ -215,6 +215,17 @@ def _write_run_files(args: DinoArguments, settings: ResolvedSettings, output_dir
     write_json(output_dir / RUN_FILE, {"pid": os.getpid(), "finished": False, **about, "settings": resolved})
     plain = {key: value for key, value in asdict(args).items() if key != "token"}
     (output_dir / TRAINING / "arguments.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+
+
+def _end(accelerator: Accelerator, engine: DinoEngine) -> None:
+    """Close trackers and leave the process group.
+
+    The data-parallel wrapper goes first: if it outlived the group, its end would be the group's, with Python's lock
+    held, and would wait for ever for a thread of gloo that needs the lock to finish its last reduction.
+    """
+    engine.model = engine.dual
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def _publish(output_dir: Path, repo_id: str, token: str | None) -> None:

@@ -169,7 +169,12 @@ def _knn_images(
         queries = queries.subset(drawn(len(queries), args.max_eval_samples))
         return bank, queries, f"{len(queries):,} training images, drawn at random, classified by {len(bank):,} others"
     name, split = args.eval_dataset_name_or_path or args.dataset_name_or_path, args.eval_split or "train"
-    test = _split(args, name, split, None, "--eval_split")
+    try:
+        test = _split(args, name, split, None, "--eval_split")
+    except InputError as error:
+        if args.eval_dataset_name_or_path is None:
+            raise
+        raise InputError(str(error).replace("--dataset_name_or_path", "--eval_dataset_name_or_path")) from None
     test_image = find_image_column(test, args.image_column)
     test_label = find_label_column(known_features(test), args.label_column or label_column)
     if isinstance(test, IterableDataset):

@@ -159,7 +159,7 @@ class DinoTrainer:
                 if self.step == 0:
                     self._evaluate(log)
                 self._loop(log, interrupts)
-            if self.step not in self._evaluation_steps():
+            if total not in self._evaluation_steps():
                 self._evaluate(log)
         finally:
             log.close()
@@ -214,15 +214,16 @@ class DinoTrainer:
         if self.step in self._evaluation_steps():
             self._evaluate(log)
 
-    def save(self) -> Path | None:
+    def save(self, rotate: bool = True) -> Path | None:
         """Write a checkpoint of the current step; the main process does, and the others wait for it."""
         self.accelerator.wait_for_everyone()
-        path = self._write_checkpoint() if self.accelerator.is_main_process else None
+        keep = self.settings.save_total_limit if rotate else None
+        path = self._write_checkpoint(keep) if self.accelerator.is_main_process else None
         # a process that ended now would make the launcher end the one that writes
         self.accelerator.wait_for_everyone()
         return path
 
-    def _write_checkpoint(self) -> Path:
+    def _write_checkpoint(self, keep: int | None) -> Path:
         scaler = self.accelerator.scaler
         state = {
             "step": self.step,
@@ -234,7 +235,7 @@ class DinoTrainer:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "identity": self._identity(),
         }
-        path = save_checkpoint(self.settings.output_dir, self.engine, state, self.settings.save_total_limit)
+        path = save_checkpoint(self.settings.output_dir, self.engine, state, keep)
         if self.after_save is not None:
             self.after_save(self.step)
         return path
@@ -315,7 +316,7 @@ class DinoTrainer:
             raise TrainingError(self._stopped(f"gradients were not finite {self.skipped_in_a_row} times in a row"))
 
     def _stopped(self, reason: str) -> str:
-        self.save()
+        self.save(rotate=False)  # what was saved before may be the better place to go on from
         return (
             f"stopped at step {self.step}: {reason}. The network of the last good step is in "
             f"checkpoint-{self.step}; try a lower learning rate, a longer warm-up, or fp32"
