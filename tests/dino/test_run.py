@@ -411,6 +411,13 @@ class TestAgain:
             train(max_steps=2, architecture="deit_tiny", resume_from_checkpoint="latest")
         assert (folder / "model.safetensors").read_bytes() == before
 
+    def test_a_checkpoint_of_another_folder_is_not_resumed_into_a_run(self, train):
+        other, folder = train("other", max_steps=2), train("mine", max_steps=2)
+        before = (folder / "metrics.jsonl").read_bytes()
+        with pytest.raises(InputError, match="already holds a run"):
+            train("mine", max_steps=2, resume_from_checkpoint=str(other / "checkpoint-2"))
+        assert (folder / "metrics.jsonl").read_bytes() == before
+
     def test_a_folder_that_cannot_be_written_is_named(self, train, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(InputError, match="--output_dir .*file/run"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from hf_simprune.dino.checkpoint import find_checkpoint, list_checkpoints
+from hf_simprune.dino.checkpoint import find_checkpoint, list_checkpoints, set_aside_later
 from hf_simprune.dino.engine import StepResult, Views
 from hf_simprune.dino.trainer import DinoTrainer, LoopSettings
 from hf_simprune.errors import InputError, TrainingError, TrainingInterrupted
@@ -65,6 +65,14 @@ def test_resuming_from_an_older_checkpoint_drops_later_lines(tmp_path):
     resumed.resume(str(tmp_path / "checkpoint-5"))
     resumed.train()
     assert losses(tmp_path) == whole
+
+
+def test_later_checkpoints_are_set_aside_when_an_earlier_one_is_gone_on_from(tmp_path):
+    build(tmp_path, save_total_limit=None).train()
+    moved = set_aside_later(tmp_path, 5)
+    assert [path.name for path in moved] == ["abandoned-checkpoint-10", "abandoned-checkpoint-12"]
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-5"
+    assert all((path / "trainer_state.json").is_file() for path in moved)
 
 
 def test_averages_over_the_logging_interval_survive_a_resumption(tmp_path):
@@ -150,7 +158,8 @@ class Poisoned(FixedViews):
 
 def test_non_finite_loss_stops_names_the_step_and_keeps_the_network(tmp_path):
     with pytest.raises(TrainingError, match=r"stopped at step 7: loss is nan.*checkpoint-7"):
-        build(tmp_path, source=Poisoned(dtype=torch.float32)).train()
+        build(tmp_path, source=Poisoned(dtype=torch.float32), save_total_limit=1).train()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-7"]
     resumed = build(tmp_path)
     assert resumed.resume("latest").name == "checkpoint-7"
     assert all(torch.isfinite(p).all() for p in resumed.engine.dual.parameters())
