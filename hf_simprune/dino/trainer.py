@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from ..errors import InputError, TrainingError, TrainingInterrupted
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -271,6 +272,7 @@ class DinoTrainer:
         return {"epoch": round(self.step / per_epoch, 4)} if per_epoch else {}
 
     def _log(self, log: RunLog, result: StepResult, values: StepValues) -> None:
+        self._share_bad_images(log)
         window, n = self.window, self.window.steps
         record = {
             "step": self.step,
@@ -308,6 +310,12 @@ class DinoTrainer:
                 if index not in self.bad_indices:
                     self.bad_indices.add(index)
                     log.say(f"warning: image {index} cannot be read; the next readable one takes its place")
+
+    def _share_bad_images(self, log: RunLog) -> None:
+        """Learn of the unreadable images that other processes met; every process logs at the same steps."""
+        if self.accelerator.num_processes > 1:
+            everywhere = gather_object(sorted(self.bad_indices))
+            self._note_bad_images([Views(None, None, tuple(everywhere))], log)
 
     def _count_skipped(self, log: RunLog) -> None:
         self.skipped_in_a_row += 1

@@ -2,7 +2,6 @@
 """The trainer's view source: a loader of uint8 crops, finished by photometric work on the device."""
 
 import signal
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,10 +13,6 @@ from .engine import Views
 from .photometric import apply_photometric
 from .sampler import GlobalBatchSampler
 from .streaming import StreamingMultiCropDataset
-
-
-# The sampler never ends by itself: the trainer stops, after as many batches as it needs, skipped steps included.
-NO_END = sys.maxsize // 2**16
 
 
 def outlive_interrupts(worker: int) -> None:
@@ -66,7 +61,7 @@ class LoaderSource:
         sampler = GlobalBatchSampler(
             self.num_examples,
             self.per_device_batch,
-            NO_END,
+            None,
             self.world_size,
             self.rank,
             self.accumulation,
