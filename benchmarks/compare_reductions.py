@@ -51,8 +51,8 @@ class Judge:
     def __init__(self, train: Path, test: Path) -> None:
         from PIL import Image
 
-        from hf_simprune.dino.crops import decode_image
-        from hf_simprune.dino.dataset_loading import (
+        from hf_simprune.data.decoding import decode_image
+        from hf_simprune.data.loading import (
             encoded_bytes,
             find_image_column,
             find_label_column,

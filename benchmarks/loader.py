@@ -25,11 +25,12 @@ import torch  # noqa: E402
 from _measure import emit, header, median_ratio, seconds  # noqa: E402
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps  # noqa: E402
 
+from hf_simprune.data.decoding import decode_image  # noqa: E402
+from hf_simprune.data.loading import encoded_bytes, find_image_column, load_split  # noqa: E402
 from hf_simprune.dino.augmentation import AugmentationConfig, sample_parameters  # noqa: E402
 from hf_simprune.dino.batch import collate  # noqa: E402
-from hf_simprune.dino.crops import decode_image, output_sizes  # noqa: E402
+from hf_simprune.dino.crops import output_sizes  # noqa: E402
 from hf_simprune.dino.data import MultiCropDataset  # noqa: E402
-from hf_simprune.dino.dataset_loading import encoded_bytes, find_image_column, load_split  # noqa: E402
 from hf_simprune.dino.photometric import apply_photometric  # noqa: E402
 
 

@@ -6,77 +6,19 @@ Crops are resampled by torch's antialiased bicubic kernel for uint8, which is fa
 """
 
 import io
-import struct
-import zlib
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from ..data.decoding import load_pixels, oriented_size
 from .augmentation import GLOBAL_VIEWS, AugmentationConfig, sample_parameters
 
 
-# What Pillow raises for bytes that are no image, a broken one or one of absurd size.
-DECODING_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-_ORIENTATION_TAG = 0x0112
-_TURNED_SIDEWAYS = 5  # orientations 5 to 8 exchange width and height
 _DRAFT_FACTORS = (8, 4, 2)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB.
-
-    Sixteen-bit greys keep their upper byte, floats in [0, 1] are spread over 255 levels, transparency is dropped as
-    stock image processors drop it.
-    """
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        if image.mode.startswith("I;16") or (image.mode == "I" and values.max() > 255):
-            values = values // 256
-        elif image.mode == "F" and values.max() <= 1:
-            values = values * 255
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def _oriented_size(image: Image.Image) -> tuple[int, int, int]:
-    """Width and height as the EXIF orientation wants them, and that orientation (1 when there is none)."""
-    orientation = image.getexif().get(_ORIENTATION_TAG, 1) if "exif" in image.info else 1
-    width, height = image.size
-    return (height, width, orientation) if orientation in range(_TURNED_SIDEWAYS, 9) else (width, height, orientation)
-
-
-def _load_pixels(image: Image.Image, orientation: int) -> Tensor:
-    image.load()
-    if orientation != 1:
-        image = ImageOps.exif_transpose(image)
-    return torch.from_numpy(np.array(to_rgb(image)))
-
-
-def decode_image(encoded: bytes) -> Tensor:
-    """Pixels uint8 (H, W, 3) of an encoded image, upright. Raises one of DECODING_ERRORS when it cannot be read."""
-    image = Image.open(io.BytesIO(encoded))
-    return _load_pixels(image, _oriented_size(image)[2])
-
-
-def image_size(encoded: bytes) -> tuple[int, int]:
-    """Upright (width, height) from the header alone."""
-    return _oriented_size(Image.open(io.BytesIO(encoded)))[:2]
 
 
 def draft_factor(boxes: np.ndarray, sizes: np.ndarray) -> int:
@@ -115,13 +57,13 @@ def make_views(image: bytes | Tensor, cfg: AugmentationConfig, seed: int, epoch:
         boxes, pixels = parameters.pop("boxes"), image
     else:
         opened = Image.open(io.BytesIO(image))
-        width, height, orientation = _oriented_size(opened)
+        width, height, orientation = oriented_size(opened)
         parameters = sample_parameters(cfg, seed, epoch, key, width, height)
         boxes = parameters.pop("boxes")
         factor = draft_factor(boxes, output_sizes(cfg)) if opened.format == "JPEG" else 1
         if factor > 1:
             opened.draft("RGB", (opened.width // factor, opened.height // factor))
-        pixels = _load_pixels(opened, orientation)
+        pixels = load_pixels(opened, orientation)
         if pixels.shape[1] != width or pixels.shape[0] != height:
             boxes = _rescale_boxes(boxes, pixels.shape[1] / width, pixels.shape[0] / height)
     local = None

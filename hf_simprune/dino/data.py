@@ -11,10 +11,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from ..data.decoding import DECODING_ERRORS, decode_image, image_size
+from ..data.loading import encoded_bytes, image_rows
 from ..errors import TrainingError
 from .augmentation import AugmentationConfig
-from .crops import DECODING_ERRORS, decode_image, image_size, make_views
-from .dataset_loading import encoded_bytes, image_rows
+from .crops import make_views
 
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from ..data.decoding import DECODING_ERRORS
 from ..errors import InputError
 from ..evaluation.features import extract_features
 from ..evaluation.knn import knn_accuracy
-from .crops import DECODING_ERRORS
 
 
 HELD_OUT_SHARE = 0.1

@@ -12,12 +12,12 @@ from datasets import Dataset, Features, IterableDataset
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from ..data.decoding import decode_image
+from ..data.loading import encoded_bytes, find_image_column, find_label_column, image_rows, load_split, undecoded
 from ..errors import InputError
 from .arguments import DinoArguments
 from .augmentation import AugmentationConfig
-from .crops import decode_image
 from .data import MultiCropDataset, PixelCache, decode_small_set
-from .dataset_loading import encoded_bytes, find_image_column, find_label_column, image_rows, load_split, undecoded
 from .online_knn import LabelledImages, OnlineKnn, drawn, hold_out
 from .streaming import StreamingMultiCropDataset
 from .views import LoaderSource, StreamSource

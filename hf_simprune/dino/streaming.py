@@ -10,12 +10,13 @@ import datasets
 import torch
 from datasets.distributed import split_dataset_by_node
 
+from ..data.decoding import DECODING_ERRORS
+from ..data.loading import encoded_bytes, image_rows
 from ..errors import InputError
 from .augmentation import AugmentationConfig
 from .batch import Batch
-from .crops import DECODING_ERRORS, make_views
+from .crops import make_views
 from .data import MAX_BAD_IN_A_ROW, bad_image_error, too_many_bad_images
-from .dataset_loading import encoded_bytes, image_rows
 
 
 _INTERLEAVED_SHARDS = 10

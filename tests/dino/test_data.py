@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from hf_simprune.data.decoding import decode_image, image_size, to_rgb
+from hf_simprune.data.loading import find_image_column, find_label_column, load_split
 from hf_simprune.dino import data
 from hf_simprune.dino.augmentation import AugmentationConfig, epoch_order, sample_parameters
 from hf_simprune.dino.batch import PARAMETER_NAMES, collate
-from hf_simprune.dino.crops import cut_crops, decode_image, draft_factor, image_size, make_views, to_rgb
+from hf_simprune.dino.crops import cut_crops, draft_factor, make_views
 from hf_simprune.dino.data import BadImageError, MultiCropDataset, decode_small_set
-from hf_simprune.dino.dataset_loading import find_image_column, find_label_column, load_split
 from hf_simprune.dino.sampler import GlobalBatchSampler
 from hf_simprune.dino.streaming import StreamingMultiCropDataset
 from hf_simprune.errors import InputError

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+from hf_simprune.data.loading import load_split
 from hf_simprune.dino.batch import collate
 from hf_simprune.dino.data import BadImageError
-from hf_simprune.dino.dataset_loading import load_split
 from hf_simprune.dino.streaming import StreamingMultiCropDataset
 from hf_simprune.errors import InputError
 

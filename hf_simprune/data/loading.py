@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Valu
 from PIL import Image as PilImage
 
 from ..errors import InputError
-from .crops import DECODING_ERRORS
+from .decoding import DECODING_ERRORS
 
 
 LABEL_NAMES = ("label", "labels", "fine_label", "coarse_label", "class", "target")
