@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
+from hf_simprune.dino.build import default_attention
 from hf_simprune.dino.dual_branch import Branch, DualBranch
 from hf_simprune.dino.engine import DinoEngine, Views
 from hf_simprune.dino.head import DinoHead
@@ -61,6 +62,8 @@ def build_step(
             for rate in (setting.drop_path_rate, 0.0)
         )
     )
+    for branch in (student, teacher):
+        branch.backbone.set_attn_implementation(default_attention(setting.device.type, setting.bf16))
     reducer = build_reducer("none" if keep_rate == 1.0 else "simprune", keep_rate)
     layers = default_reduction_layers(student.backbone.config.num_hidden_layers)
     accelerator = Accelerator(cpu=setting.device.type == "cpu", mixed_precision="bf16" if setting.bf16 else "no")

@@ -77,10 +77,13 @@ def augmentation(args: DinoArguments, settings: ResolvedSettings, norm: Normalis
 
 
 def attention_implementation(args: DinoArguments, device_type: str, precision: str) -> str:
-    """As asked for; else sdpa, except bf16 on the CPU, where plain softmax attention is faster."""
-    if args.attn_implementation is not None:
-        return args.attn_implementation
-    return "eager" if device_type == "cpu" and precision == "bf16" else "sdpa"
+    """As asked for, else [`default_attention`]."""
+    return args.attn_implementation or default_attention(device_type, precision == "bf16")
+
+
+def default_attention(device_type: str, bf16: bool) -> str:
+    """sdpa, except for bf16 on the CPU, where plain softmax attention is faster."""
+    return "eager" if device_type == "cpu" and bf16 else "sdpa"
 
 
 def build_dual_branch(args: DinoArguments, settings: ResolvedSettings, attention: str = "sdpa") -> DualBranch:

@@ -11,11 +11,14 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 
+_FEW_ROWS = 256
+
+
 class _ScaledLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, inputs: Tensor, directions: Tensor, lengths: Tensor) -> Tensor:
         norms = torch.linalg.vector_norm(directions, dim=1)
-        product = F.linear(inputs, directions)  # in autocast's precision, where it is on
+        product = _product(inputs, directions)
         scale = lengths.squeeze(1) / norms
         logits = product * scale if product.dtype != scale.dtype else product.mul_(scale)
         ctx.save_for_backward(inputs, directions, lengths, norms, logits)
@@ -36,9 +39,19 @@ class _ScaledLinear(torch.autograd.Function):
         return to_inputs, to_directions, to_lengths
 
 
+def _product(inputs: Tensor, directions: Tensor) -> Tensor:
+    """`F.linear` in autocast's precision, where it is on and pays."""
+    if inputs.device.type != "cpu" or len(inputs) >= _FEW_ROWS:
+        return F.linear(inputs, directions)
+    # on a CPU, casting all prototypes takes longer than multiplying a few rows by them as they are
+    with torch.autocast("cpu", enabled=False):
+        return F.linear(inputs.to(directions.dtype), directions)
+
+
 def scaled_linear(inputs: Tensor, directions: Tensor, lengths: Tensor) -> Tensor:
     """`F.linear(inputs, lengths * directions / ‖directions‖)` with norms of rows: (B, D), (K, D), (K, 1) -> (B, K).
 
-    Under autocast the matrix products run in its precision; the scaling and the result are in that of `directions`.
+    Under autocast the matrix products run in its precision (on a CPU, of 256 rows or more); the scaling and the result
+    are in that of `directions`.
     """
     return _ScaledLinear.apply(inputs, directions, lengths)

@@ -49,14 +49,26 @@ def test_head_equals_its_layers_called_one_by_one(norm_last_layer):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-def test_autocast_multiplies_in_bf16_and_returns_fp32(tensors):
-    leaves = [t.float().requires_grad_() for t in tensors]
+@pytest.mark.parametrize("copies", [1, 60])
+def test_autocast_multiplies_many_rows_in_bf16_and_few_as_they_are(tensors, copies):
+    inputs, *others = (t.float() for t in tensors)
+    leaves = [t.requires_grad_() for t in (inputs.repeat(copies, 1), *others)]
     exact = scaled_linear(*leaves)
     with torch.autocast("cpu", torch.bfloat16):
         logits = scaled_linear(*leaves)
     assert logits.dtype == torch.float32
-    assert 0 < (logits - exact).abs().max() < 0.05
-    expected = torch.autograd.grad(exact.sum(), leaves)
-    for ours, theirs in zip(torch.autograd.grad(logits.sum(), leaves), expected, strict=True):
+    assert torch.equal(logits, exact) == (copies == 1)
+    assert (logits - exact).abs().max() < 0.05
+    weight = torch.linspace(-1, 1, exact.numel()).view_as(exact)
+    expected = torch.autograd.grad((exact * weight).sum(), leaves)
+    for ours, theirs in zip(torch.autograd.grad((logits * weight).sum(), leaves), expected, strict=True):
         assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.1)
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_few_rows_in_bf16_get_bf16_gradients(tensors):
+    inputs, *others = (t.float() for t in tensors)
+    leaves = [inputs.bfloat16().requires_grad_(), *(t.requires_grad_() for t in others)]
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = torch.autograd.grad(scaled_linear(*leaves).sum(), leaves)
+    assert [g.dtype for g in gradients] == [torch.bfloat16, torch.float32, torch.float32]
