@@ -34,7 +34,7 @@ style: $(INSTALLED)
 	$(BIN)/ruff format .
 
 deit: $(INSTALLED)
-	for part in configuration modeling; do \
+	for part in configuration maps modeling; do \
 	    sed -e 's/ViT/DeiT/g' -e 's/vit/deit/g' hf_simprune/models/vit/$${part}_simprune_vit.py \
 	        > hf_simprune/models/deit/$${part}_simprune_deit.py; \
 	done

@@ -13,7 +13,8 @@ DEFAULT_ARCHITECTURE = "vit_small"
 DEFAULT_IMAGE_SIZE = 224
 LOCAL_CROP_RATIO = 96 / 224
 MIN_KEPT_PATCHES = 4
-MODEL_TYPES = ("vit", "deit", "simprune_vit", "simprune_deit")
+OWN_MODEL_TYPES = ("simprune_vit", "simprune_deit")
+MODEL_TYPES = ("vit", "deit", *OWN_MODEL_TYPES)
 OVERRIDE_KINDS: dict[str, type] = {
     "hidden_size": int,
     "num_hidden_layers": int,
@@ -159,6 +160,11 @@ def _checkpoint_sizes(args: DinoArguments) -> tuple[str, int, int, int]:
     if config.model_type not in MODEL_TYPES:
         raise InputError(
             f"--model_name_or_path {name}: a {config.model_type} model; DINO starts from {', '.join(MODEL_TYPES)}"
+        )
+    if config.model_type in OWN_MODEL_TYPES and config.block_maps:
+        raise InputError(
+            f"--model_name_or_path {name}: maps replace its blocks {', '.join(config.block_maps)}; DINO starts from "
+            "models whose blocks are all there: give the model it was made from"
         )
     for option in ("image_size", "patch_size"):
         if not isinstance(getattr(config, option), int):

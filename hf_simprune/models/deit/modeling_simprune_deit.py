@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stock DeiT with blocks that open between attention and MLP, stochastic depth and strict loading."""
+"""The stock DeiT: blocks that open between attention and MLP or are replaced, stochastic depth, strict loading."""
 
 import os
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from transformers.models.deit.modeling_deit import (
 from transformers.utils import logging
 
 from .configuration_simprune_deit import SimPruneDeiTConfig
+from .maps_simprune_deit import SimPruneDeiTMapLayer, replace_halves
 
 
 logger = logging.get_logger(__name__)
@@ -32,21 +33,10 @@ _BACKBONE = ("embeddings.", "layers.", "encoder.", "layernorm.")
 # Arguments of `from_pretrained` that say where the file is, and those that say where and how the weights are put.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _PLACEMENT_ARGUMENTS = (
-    "allow_all_kernels",
-    "attn_implementation",
-    "device_map",
-    "device_mesh",
-    "distributed_config",
-    "fusion_config",
-    "kernel_config",
-    "max_memory",
-    "offload_buffers",
-    "offload_folder",
-    "quantization_config",
-    "tp_plan",
-    "tp_size",
-    "use_kernels",
-)
+    "allow_all_kernels", "attn_implementation", "device_map", "device_mesh", "distributed_config",
+    "fusion_config", "kernel_config", "max_memory", "offload_buffers", "offload_folder",
+    "quantization_config", "tp_plan", "tp_size", "use_kernels",
+)  # fmt: skip
 _INIT_ARGUMENTS = ("add_pooling_layer", "use_mask_token")
 
 
@@ -81,8 +71,10 @@ def run_attention(
     return _add(hidden_states, layer.dropout(update), scale)
 
 
-def _attend_first(attention: DeiTAttention, hidden_states: Tensor, count: int) -> Tensor:
+def _attend_first(attention: nn.Module, hidden_states: Tensor, count: int) -> Tensor:
     """What attention gives to the first `count` tokens, which still see all: (B, T, D) to (B, count, D)."""
+    if not isinstance(attention, DeiTAttention):
+        return attention(hidden_states[:, :count])[0]
     query, key, value = (
         projection(tokens).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         for projection, tokens in (
@@ -157,10 +149,13 @@ class SimPruneDeiTLayer(DeiTLayer):
     """One transformer block, whole or one of its halves: tokens may leave between attention and MLP.
 
     Stochastic depth (https://huggingface.co/papers/1603.09382) is drawn per sample and per half, in training only.
+    `spec`, an entry of `block_maps`, says which halves are maps.
     """
 
-    def __init__(self, config: SimPruneDeiTConfig, drop_path_rate: float = 0.0) -> None:
+    def __init__(self, config: SimPruneDeiTConfig, drop_path_rate: float = 0.0, spec: dict | None = None) -> None:
         super().__init__(config)
+        if spec is not None:
+            replace_halves(self, config.hidden_size, spec)
         self.drop_path_rate = drop_path_rate
         # Functions that take the block: one compiled function serves all blocks, and a copied model stays sound.
         self.functions = PLAIN
@@ -211,7 +206,8 @@ class SimPruneDeiTPreTrainedModel(DeiTPreTrainedModel):
 
     config_class = SimPruneDeiTConfig
     config: SimPruneDeiTConfig
-    _no_split_modules = ["DeiTEmbeddings", "SimPruneDeiTLayer"]
+    _no_split_modules = ["DeiTEmbeddings", "SimPruneDeiTLayer", "SimPruneDeiTMapLayer"]
+    _can_record_outputs = {"hidden_states": [DeiTLayer, SimPruneDeiTMapLayer], "attentions": DeiTAttention}
     _stock_class: type[DeiTPreTrainedModel]
 
     @torch.no_grad()
@@ -347,8 +343,15 @@ def _check_loaded(
         logger.warning(f"{class_name}: not in {name}, newly initialised: {', '.join(missing + mismatched)}")
 
 
+def _build_layer(config: SimPruneDeiTConfig, index: int) -> SimPruneDeiTLayer | SimPruneDeiTMapLayer:
+    spec = (config.block_maps or {}).get(str(index))
+    if spec is not None and spec["kind"] != "block":
+        return SimPruneDeiTMapLayer(config.hidden_size, spec)
+    return SimPruneDeiTLayer(config, config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1), spec)
+
+
 class SimPruneDeiTModel(SimPruneDeiTPreTrainedModel, DeiTModel):
-    """[`DeiTModel`] whose blocks are [`SimPruneDeiTLayer`]s; without token reduction it computes the same."""
+    """[`DeiTModel`] whose blocks are [`SimPruneDeiTLayer`]s; without token reduction and maps it computes the same."""
 
     _stock_class = DeiTModel
 
@@ -356,11 +359,8 @@ class SimPruneDeiTModel(SimPruneDeiTPreTrainedModel, DeiTModel):
         self, config: SimPruneDeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False
     ) -> None:
         super().__init__(config, add_pooling_layer=add_pooling_layer, use_mask_token=use_mask_token)
-        last = max(config.num_hidden_layers - 1, 1)
-        self.layers = nn.ModuleList(
-            SimPruneDeiTLayer(config, drop_path_rate=config.drop_path_rate * index / last)
-            for index in range(config.num_hidden_layers)
-        )
+        config.validate_block_maps()  # again: `from_pretrained` may have changed the number of blocks
+        self.layers = nn.ModuleList(_build_layer(config, index) for index in range(config.num_hidden_layers))
         self.post_init()
 
     @property
@@ -383,7 +383,8 @@ class SimPruneDeiTModel(SimPruneDeiTPreTrainedModel, DeiTModel):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         compiled = BlockFunctions(*(torch.compile(function, **kwargs) for function in PLAIN))
         for layer in self.layers:
-            layer.functions = compiled
+            if isinstance(layer, SimPruneDeiTLayer):  # a map is no more than a product or two
+                layer.functions = compiled
 
 
 class SimPruneDeiTForImageClassification(SimPruneDeiTPreTrainedModel, DeiTForImageClassification):

@@ -8,10 +8,21 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.vit.configuration_vit import ViTConfig
 
 
+# What an entry of `block_maps` says besides its kind.
+_MAP_SETTINGS = {
+    "linear": (),
+    "low_rank": ("rank",),
+    "mlp": (),
+    "res_mlp": (),
+    "block": ("attention", "mlp"),
+}
+_HALVES = ("full", "linear", "const")
+
+
 @strict
 class SimPruneViTConfig(ViTConfig):
     r"""
-    A [`ViTConfig`] with stochastic depth and the layer norm epsilon of DINO and DeiT.
+    A [`ViTConfig`] with stochastic depth, the layer norm epsilon of DINO and DeiT, and maps in the place of blocks.
 
     Read from a stock folder or repository (`model_type` "vit"), it takes that file's values and, for what the file
     leaves out, the defaults of [`ViTConfig`] (`layer_norm_eps` 1e-12), so that the network computes what the stock
@@ -22,26 +33,50 @@ class SimPruneViTConfig(ViTConfig):
         it grows linearly over the blocks, from 0 (https://huggingface.co/papers/1603.09382).
     layer_norm_eps (`float`, *optional*, defaults to 1e-6):
         Epsilon of the layer norms.
+    block_maps (`dict[str, dict]`, *optional*):
+        What stands in for a block, by its index ("0" is the first) among the `num_hidden_layers` modules there are.
+        One map for the whole: `{"kind": "linear"}`, `{"kind": "low_rank", "rank": 16}`, `{"kind": "mlp"}` or
+        `{"kind": "res_mlp"}`. One for a half: `{"kind": "block", "attention": "linear", "mlp": "full"}`, where each
+        half is "full", "linear" or "const". Anything else is an error that names the entry.
     """
 
     model_type = "simprune_vit"
 
     layer_norm_eps: float = 1e-6
     drop_path_rate: float | int = 0.0
+    block_maps: dict[str, dict[str, Any]] | None = None
 
     def validate_drop_path_rate(self) -> None:
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate must be at least 0 and below 1, got {self.drop_path_rate}")
 
+    def validate_block_maps(self) -> None:
+        for key, spec in (self.block_maps or {}).items():
+            fault = _map_fault(key, spec, self.num_hidden_layers, self.hidden_size)
+            if fault:
+                raise ValueError(f"block_maps[{key!r}] = {spec}: {fault}")
+
     @classmethod
     def from_stock(cls, config: ViTConfig) -> "SimPruneViTConfig":
-        """The same network as the stock `config` describes, without stochastic depth."""
-        return cls.from_dict(_as_own(config.to_dict()))
+        """The same network as the stock `config` describes, without stochastic depth.
+
+        A `config` of the own type is copied: of code that comes with a local folder, transformers makes two classes.
+        """
+        values = config.to_dict()
+        own = cls.from_dict(values if config.model_type == cls.model_type else _as_own(values))
+        own._attn_implementation = config._attn_implementation  # not among the values
+        return own
 
     def to_stock(self) -> ViTConfig:
-        """The stock configuration of the same network; stochastic depth, which has no weights, is left out."""
+        """The stock configuration of the same network; stochastic depth, which has no weights, is left out.
+
+        Raises `ValueError` where blocks are replaced, which a stock network cannot express.
+        """
+        if self.block_maps:
+            stock = ViTConfig.model_type
+            raise ValueError(f"block_maps: maps replace blocks {', '.join(self.block_maps)}, {stock!r} has none")
         values = self.to_dict()
-        for key in ("model_type", "drop_path_rate", "auto_map", "architectures"):
+        for key in ("model_type", "drop_path_rate", "block_maps", "auto_map", "architectures"):
             values.pop(key, None)
         return ViTConfig.from_dict(values)
 
@@ -60,6 +95,27 @@ class SimPruneViTConfig(ViTConfig):
                 f"{ViTConfig.model_type!r} and {cls.model_type!r}"
             )
         return values, kwargs
+
+
+def _map_fault(key: str, spec: dict[str, Any], depth: int, width: int) -> str | None:
+    """What is wrong with an entry of `block_maps`, None if nothing is."""
+    if not (key.isdecimal() and key == str(int(key)) and int(key) < depth):
+        return f"the network has blocks 0 to {depth - 1}"
+    kind = spec.get("kind")
+    if not isinstance(kind, str) or kind not in _MAP_SETTINGS:
+        return f"kind {kind!r} is unknown, choose one of {', '.join(_MAP_SETTINGS)}"
+    settings = {name: value for name, value in spec.items() if name != "kind"}
+    if sorted(settings) != sorted(_MAP_SETTINGS[kind]):
+        return f"kind {kind!r} takes {' and '.join(_MAP_SETTINGS[kind]) or 'nothing else'}"
+    if kind == "low_rank" and not (type(spec["rank"]) is int and 1 <= spec["rank"] <= width):
+        return f"rank must be a whole number from 1 to {width}"
+    if kind == "block":
+        for half, found in settings.items():
+            if found not in _HALVES:
+                return f"{half} must be one of {', '.join(_HALVES)}"
+        if set(settings.values()) == {"full"}:
+            return "nothing is replaced, leave the entry out"
+    return None
 
 
 def _as_own(stock: dict[str, Any]) -> dict[str, Any]:
