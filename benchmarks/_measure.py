@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the benchmarks here measure: interleaved sides, ratios with bootstrap intervals, memory in fresh processes."""
 
+import functools
 import importlib.metadata
 import json
 import platform
@@ -8,62 +9,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 
-
-class Ratio(NamedTuple):
-    """Median of paired ratios with the bounds of its 95 % bootstrap interval."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+from hf_simprune.evaluation.latency import cpu_seconds as seconds
+from hf_simprune.evaluation.latency import interleave as _interleave
+from hf_simprune.evaluation.latency import median_ratio as median_ratio
 
 
-def median_ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Ratio:
-    """Median of numerator/denominator over the rounds; the rounds are what the bootstrap draws again, 10,000 times."""
-    ratios = np.asarray(numerators) / np.asarray(denominators)
-    rounds = np.random.default_rng(seed).integers(len(ratios), size=(10_000, len(ratios)))
-    low, high = np.percentile(np.median(ratios[rounds], axis=1), [2.5, 97.5])
-    return Ratio(float(np.median(ratios)), float(low), float(high))
-
-
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """What one call costs: seconds on the GPU by CUDA events, else CPU seconds summed over all threads.
-
-    CPU seconds do not grow when other programs take the processor away, wall seconds do.
-    """
-    if device.type != "cuda":
-        start = time.process_time()
-        call()
-        return time.process_time() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000
-
-
-def interleave(
-    sides: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of every side in every round, A B C A B C …, so that drift hits all sides alike."""
-    for _ in range(warmup):
-        for call in sides.values():
-            call()
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, call in sides.items():
-            times[name].append(seconds(call, device))
-    return times
+# CPU seconds here too: wall seconds grow whenever another program takes the processor away.
+interleave = functools.partial(_interleave, clock=seconds)
 
 
 def peak_bytes(device: torch.device) -> int:
