@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DINO pretraining of vision transformers with SimPrune token reduction.
+"""Cheaper vision transformers: DINO pretraining with SimPrune token reduction, and removal of redundant blocks (RBA).
 
 The public names are loaded on first use (PEP 562): importing this package imports neither torch nor transformers and
 registers nothing. The Auto classes learn of the models when `hf_simprune.models` is imported.
@@ -22,33 +22,52 @@ if TYPE_CHECKING:
         SimPruneViTForImageClassification,
         SimPruneViTModel,
     )
+    from .rba.analysis import analyze
+    from .rba.converter import convert
+    from .rba.plan import CompressionPlan, Half, Span
+    from .rba.report import RedundancyReport
+    from .rba.search import choose
     from .reduction import build_reducer
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "CompressionPlan": ".rba.plan",
     "DinoArguments": ".dino.arguments",
     "DinoTrainer": ".dino.trainer",
+    "Half": ".rba.plan",
+    "RedundancyReport": ".rba.report",
     "SimPruneDeiTConfig": ".models",
     "SimPruneDeiTForImageClassification": ".models",
     "SimPruneDeiTModel": ".models",
     "SimPruneViTConfig": ".models",
     "SimPruneViTForImageClassification": ".models",
     "SimPruneViTModel": ".models",
+    "Span": ".rba.plan",
+    "analyze": ".rba.analysis",
     "build_reducer": ".reduction",
+    "choose": ".rba.search",
+    "convert": ".rba.converter",
 }
 
 __all__ = [
+    "CompressionPlan",
     "DinoArguments",
     "DinoTrainer",
+    "Half",
     "InputError",
+    "RedundancyReport",
     "SimPruneDeiTConfig",
     "SimPruneDeiTForImageClassification",
     "SimPruneDeiTModel",
     "SimPruneViTConfig",
     "SimPruneViTForImageClassification",
     "SimPruneViTModel",
+    "Span",
+    "analyze",
     "build_reducer",
+    "choose",
+    "convert",
 ]
 
 

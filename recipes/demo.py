@@ -5,7 +5,8 @@
 
 Trains a ViT-micro without labels (DINO, SimPrune at keep rate 0.7), compares the k-NN accuracy of its features with
 those of the same network untrained and of raw pixels, and reloads the result with stock transformers in a fresh
-process. Exits non-zero when training does not beat the untrained network or the reloaded features differ.
+process. Then removes the block that matters least without further training, and compares and reloads again. Exits
+non-zero when training does not beat the untrained network or reloaded features differ.
 """
 
 import argparse
@@ -13,6 +14,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 RECIPES = Path(__file__).parent
@@ -102,7 +108,6 @@ def reload_elsewhere(data: Path, model: Path) -> bool:
     """Whether stock `AutoModel` in a fresh process gives the trained network's features to the last bit."""
     import torch
     from datasets import load_dataset
-    from safetensors.torch import load_file, save_file
     from transformers import AutoImageProcessor
 
     from hf_simprune.dino.export import load_teacher_backbone
@@ -113,6 +118,14 @@ def reload_elsewhere(data: Path, model: Path) -> bool:
     teacher = load_teacher_backbone(model)
     with torch.no_grad():
         expected = teacher.eval()(pixels).last_hidden_state
+    return loads_elsewhere(data, model, pixels, expected)
+
+
+def loads_elsewhere(data: Path, model: Path, pixels: "Tensor", expected: "Tensor") -> bool:
+    """Whether a fresh process, without this package, computes the same last hidden states and CLS tokens."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
     inputs, outputs = data / "reload_inputs.safetensors", data / "reload_outputs.safetensors"
     save_file({"pixel_values": pixels}, inputs)
     command = [sys.executable, "-c", RELOAD, str(model), str(inputs), str(outputs)]
@@ -121,6 +134,40 @@ def reload_elsewhere(data: Path, model: Path) -> bool:
     same = torch.equal(found["last_hidden_state"], expected) and torch.equal(found["pooler_output"], expected[:, 0])
     print(f"reloaded in a fresh process as {loaded_as}: features {'bit-equal' if same else 'DIFFER'}")
     return same
+
+
+def compress(data: Path, model: Path, small: Path) -> bool:
+    """Remove one block of the trained network and show what that does; whether it reloads as stock transformers."""
+    import torch
+    from datasets import load_dataset
+    from transformers import AutoImageProcessor, AutoModel
+
+    from hf_simprune.evaluation.features import extract_features
+    from hf_simprune.evaluation.knn import knn_accuracy
+
+    command = [sys.executable, str(RECIPES / "compress.py"), "--model_name_or_path", str(model)]
+    command += ["--dataset", str(data), "--eval_split", "test", "--remove_blocks", "1", "--output", str(small)]
+    command += ["--overwrite_output_dir"]
+    print("\n$", " ".join(command[1:]), flush=True)
+    started = time.time()
+    status = subprocess.run(command).returncode
+    if status:
+        sys.exit(f"compression stopped with status {status}")
+    print(f"compression took {time.time() - started:.0f} s")
+    sets = load_dataset("parquet", data_files={s: str(data / f"{s}.parquet") for s in ("train", "test")})
+    images = {name: [image.convert("RGB") for image in sets[name]["image"]] for name in sets}
+    labels = {name: torch.tensor(sets[name]["label"]) for name in sets}
+    processor = AutoImageProcessor.from_pretrained(small, backend="pil")
+    print(f"\nk-NN accuracy on {len(labels['test'])} test images, all {len(labels['train'])} labels")
+    for title, folder in (("trained network", model), ("one block fewer", small)):
+        network = AutoModel.from_pretrained(folder)
+        found = {s: extract_features(network, images[s], processor, progress=False)["cls"] for s in images}
+        accuracy = knn_accuracy(found["train"], labels["train"], found["test"], labels["test"])
+        print(f"{title:18}{network.config.num_hidden_layers:>3} blocks{100 * accuracy:>8.1f} %")
+    pixels = processor(images=images["test"][:64], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = AutoModel.from_pretrained(small).eval()(pixels)
+    return loads_elsewhere(data, small, pixels, expected.last_hidden_state)
 
 
 def main() -> None:
@@ -136,12 +183,14 @@ def main() -> None:
     print(f"training with k-NN and export took {time.time() - started:.0f} s")
     better = compare(data, model)
     same = reload_elsewhere(data, model)
+    same &= compress(data, model, arguments.output_dir / "compressed")
     print(f"\nmodel and card: {model}")
+    print(f"one block less: {arguments.output_dir / 'compressed'}, with redundancy.png")
     print(f"pictures:       {model / 'loss_curve.png'}, {model / 'pruned_tokens.png'}")
     if not better:
         sys.exit("the trained network does not beat the random one")
     if not same:
-        sys.exit("the reloaded features differ from the trained network's")
+        sys.exit("reloaded features differ from those of the network that was saved")
 
 
 if __name__ == "__main__":

@@ -5,84 +5,57 @@ Names follow `transformers.TrainingArguments` where it has them and facebookrese
 `None` means "chosen at start": the published value, or one adapted to the data; the choice is printed (see `resolve`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-def _values(default: Sequence[float], text: str) -> Any:
-    return field(default_factory=lambda: list(default), metadata={"help": text})
-
-
-def _required(text: str) -> Any:
-    return field(metadata={"help": text})
+from ..options.common import CheckpointArguments, DatasetArguments, HubArguments, OutputArguments
+from ..options.fields import option, values
 
 
 @dataclass(kw_only=True)
-class OutputArguments:
-    """Where the run writes and whether it goes on with an earlier one."""
+class SavingArguments:
+    """Checkpoints, and whether the run goes on with an earlier one."""
 
-    _argument_group_name = "output"
+    _argument_group_name = "checkpoints"
 
-    output_dir: str = _required("Folder for the model, its card, metrics.jsonl, pictures and checkpoints. Required.")
-    overwrite_output_dir: bool = _option(False, "Replace what an earlier run wrote there; other files stay.")
-    resume_from_checkpoint: str | None = _option(None, "A checkpoint-<step> folder, or `latest`.")
-    allow_schedule_change: bool = _option(False, "Resume although the total number of steps is another one.")
-    save_steps: int = _option(500, "Optimiser steps between two checkpoints.")
-    save_total_limit: int | None = _option(2, "Checkpoints kept; the oldest go first. None keeps all.")
+    resume_from_checkpoint: str | None = option(None, "A checkpoint-<step> folder, or `latest`.")
+    allow_schedule_change: bool = option(False, "Resume although the total number of steps is another one.")
+    save_steps: int = option(500, "Optimiser steps between two checkpoints.")
+    save_total_limit: int | None = option(2, "Checkpoints kept; the oldest go first. None keeps all.")
 
 
 @dataclass(kw_only=True)
-class DataArguments:
-    """What is trained on."""
+class TrainingDataArguments:
+    """How the images are read."""
 
-    _argument_group_name = "data"
+    _argument_group_name = "training data"
 
-    dataset_name_or_path: str = _required("Hub name, parquet file or folder, or a folder of images. Required.")
-    dataset_config_name: str | None = _option(None, "Configuration of a Hub data set.")
-    dataset_revision: str | None = _option(None, "Branch, tag or commit of a Hub data set.")
-    train_split: str = _option("train", "Split to train on.")
-    eval_split: str | None = _option(None, "Split whose images the k-NN classifies (a tenth of the training rows).")
-    eval_dataset_name_or_path: str | None = _option(
-        None, "Another data set for the k-NN to classify; its split is --eval_split, or train."
-    )
-    image_column: str | None = _option(None, "Column of the images; needed where several would do.")
-    label_column: str | None = _option(None, "Column of the class labels, for the k-NN only.")
-    streaming: bool = _option(False, "Read the data set as a stream, without holding or downloading all of it.")
-    max_train_samples: int | None = _option(None, "Use only so many training images.")
-    max_eval_samples: int | None = _option(None, "Classify only so many images.")
-    on_bad_image: str = _option("skip", "`skip` and count images that cannot be read, or stop with an `error`.")
-    trust_remote_code: bool = _option(False, "Allow code from the Hub to run.")
-    token: str | None = _option(None, "Hub token; by default the one stored by `hf auth login`.")
-    dataloader_num_workers: int = _option(0, "Processes that decode and crop; 0 does it in the training process.")
+    train_split: str = option("train", "Split to train on.")
+    streaming: bool = option(False, "Read the data set as a stream, without holding or downloading all of it.")
+    max_train_samples: int | None = option(None, "Use only so many training images.")
+    on_bad_image: str = option("skip", "`skip` and count images that cannot be read, or stop with an `error`.")
+    dataloader_num_workers: int = option(0, "Processes that decode and crop; 0 does it in the training process.")
 
 
 @dataclass(kw_only=True)
 class ModelArguments:
-    """What is trained: a new network or a checkpoint."""
+    """What is trained: a new network, or the checkpoint that student and teacher start from, a stock ViT or DeiT."""
 
     _argument_group_name = "model"
 
-    architecture: str | None = _option(
-        None, "A new network: vit_micro, vit_tiny, vit_small, vit_base, deit_tiny, deit_small, deit_base (vit_small)."
+    architecture: str | None = option(
+        None,
+        "A new network: vit_micro, vit_tiny, vit_small, vit_base, deit_tiny, deit_small, deit_base (vit_small); "
+        "excludes --model_name_or_path, a stock ViT or DeiT.",
     )
-    config_overrides: str | None = _option(
+    config_overrides: str | None = option(
         None, "Changes to --architecture, as in num_hidden_layers=4,hidden_size=128."
     )
-    model_name_or_path: str | None = _option(
-        None, "A stock ViT or DeiT that student and teacher start from; excludes --architecture."
-    )
-    model_revision: str | None = _option(None, "Branch, tag or commit of a Hub model.")
-    image_size: int | None = _option(None, "Pixels a side the network is made for (224, or the checkpoint's).")
-    patch_size: int | None = _option(None, "Pixels a side of a patch (the architecture's or the checkpoint's).")
-    drop_path_rate: float = _option(0.1, "Stochastic depth of the student.")
-    attn_implementation: str | None = _option(None, "sdpa, eager, flash_attention_2 ….")
-    torch_compile: bool = _option(False, "Compile every block.")
-    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
+    image_size: int | None = option(None, "Pixels a side the network is made for (224, or the checkpoint's).")
+    patch_size: int | None = option(None, "Pixels a side of a patch (the architecture's or the checkpoint's).")
+    drop_path_rate: float = option(0.1, "Stochastic depth of the student.")
+    attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2 ….")
+    torch_compile: bool = option(False, "Compile every block.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
 
 
 @dataclass(kw_only=True)
@@ -91,15 +64,15 @@ class ReductionArguments:
 
     _argument_group_name = "token reduction"
 
-    token_reduction: str = _option("simprune", "simprune, random or none.")
-    keep_rate: float = _option(0.8, "Share of the patch tokens each stage keeps, in (0, 1].")
-    reduction_layers: list[int] | None = _option(
+    token_reduction: str = option("simprune", "simprune, random or none.")
+    keep_rate: float = option(0.8, "Share of the patch tokens each stage keeps, in (0, 1].")
+    reduction_layers: list[int] | None = option(
         None, "0-based blocks, between whose attention and MLP tokens leave (a quarter, half and three quarters deep)."
     )
-    curriculum: str = _option(
+    curriculum: str = option(
         "linear", "linear: from similar to dissimilar tokens kept; easy, hard: one end only; step: in stages."
     )
-    matching: str = _option("one_way", "one_way: student to teacher; symmetric: both ways.")
+    matching: str = option("one_way", "one_way: student to teacher; symmetric: both ways.")
 
 
 @dataclass(kw_only=True)
@@ -108,20 +81,20 @@ class DistillationArguments:
 
     _argument_group_name = "self-distillation"
 
-    out_dim: int | None = _option(None, "Prototypes (65536).")
-    norm_last_layer: bool = _option(True, "Keep the last layer's weights at unit length.")
-    head_hidden_dim: int = _option(2048, "Width of the head's hidden layers.")
-    head_bottleneck_dim: int = _option(256, "Width before the prototypes.")
-    momentum_teacher: float | None = _option(None, "Start of the teacher's momentum; a cosine takes it to 1 (0.996).")
-    teacher_temp: float | None = _option(None, "Teacher temperature after its warm-up (0.04).")
-    warmup_teacher_temp: float = _option(0.04, "Teacher temperature at the start of its warm-up.")
-    warmup_teacher_temp_epochs: int | None = _option(None, "Epochs of that warm-up (0).")
-    warmup_teacher_temp_steps: int | None = _option(None, "The same in optimiser steps.")
-    student_temp: float = _option(0.1, "Student temperature.")
-    center_momentum: float = _option(0.9, "Momentum of the centre.")
-    freeze_last_layer: float | None = _option(None, "Epochs during which the last layer does not move (1).")
-    freeze_last_layer_steps: int | None = _option(None, "The same in optimiser steps.")
-    auto_scale: bool = _option(
+    out_dim: int | None = option(None, "Prototypes (65536).")
+    norm_last_layer: bool = option(True, "Keep the last layer's weights at unit length.")
+    head_hidden_dim: int = option(2048, "Width of the head's hidden layers.")
+    head_bottleneck_dim: int = option(256, "Width before the prototypes.")
+    momentum_teacher: float | None = option(None, "Start of the teacher's momentum; a cosine takes it to 1 (0.996).")
+    teacher_temp: float | None = option(None, "Teacher temperature after its warm-up (0.04).")
+    warmup_teacher_temp: float = option(0.04, "Teacher temperature at the start of its warm-up.")
+    warmup_teacher_temp_epochs: int | None = option(None, "Epochs of that warm-up (0).")
+    warmup_teacher_temp_steps: int | None = option(None, "The same in optimiser steps.")
+    student_temp: float = option(0.1, "Student temperature.")
+    center_momentum: float = option(0.9, "Momentum of the centre.")
+    freeze_last_layer: float | None = option(None, "Epochs during which the last layer does not move (1).")
+    freeze_last_layer_steps: int | None = option(None, "The same in optimiser steps.")
+    auto_scale: bool = option(
         False, "Adapt out_dim, teacher_temp and momentum_teacher to the number of images; given values win."
     )
 
@@ -132,21 +105,21 @@ class AugmentationArguments:
 
     _argument_group_name = "crops and augmentation"
 
-    global_crop_size: int | None = _option(None, "Pixels a side of the two global crops (image_size).")
-    local_crop_size: int | None = _option(
+    global_crop_size: int | None = option(None, "Pixels a side of the two global crops (image_size).")
+    local_crop_size: int | None = option(
         None, "Pixels a side of the local crops (96 at 224, in proportion elsewhere)."
     )
-    local_crops_number: int = _option(8, "Local crops an image; 0 for none.")
-    global_crops_scale: list[float] = _values((0.4, 1.0), "Smallest and largest share of the area, global crops.")
-    local_crops_scale: list[float] = _values((0.05, 0.4), "The same for local crops.")
-    hflip_prob: float = _option(0.5, "Probability of a horizontal flip.")
-    color_jitter: list[float] = _values((0.4, 0.4, 0.2, 0.1), "Strength for brightness, contrast, saturation, hue.")
-    color_jitter_prob: float = _option(0.8, "Probability of the colour jitter.")
-    grayscale_prob: float = _option(0.2, "Probability of losing all colour.")
-    blur_prob: list[float] | None = _option(
+    local_crops_number: int = option(8, "Local crops an image; 0 for none.")
+    global_crops_scale: list[float] = values((0.4, 1.0), "Smallest and largest share of the area, global crops.")
+    local_crops_scale: list[float] = values((0.05, 0.4), "The same for local crops.")
+    hflip_prob: float = option(0.5, "Probability of a horizontal flip.")
+    color_jitter: list[float] = values((0.4, 0.4, 0.2, 0.1), "Strength for brightness, contrast, saturation, hue.")
+    color_jitter_prob: float = option(0.8, "Probability of the colour jitter.")
+    grayscale_prob: float = option(0.2, "Probability of losing all colour.")
+    blur_prob: list[float] | None = option(
         None, "Probability of a blur for first global, second global and local crops (1.0 0.1 0.5; 0 below 64 px)."
     )
-    solarize_prob: list[float] | None = _option(
+    solarize_prob: list[float] | None = option(
         None, "Probability of solarising, in the same order (0.0 0.2 0.0; 0 below 64 px)."
     )
 
@@ -157,24 +130,24 @@ class OptimizationArguments:
 
     _argument_group_name = "optimisation"
 
-    per_device_train_batch_size: int = _option(64, "Images a process and micro-batch.")
-    gradient_accumulation_steps: int = _option(1, "Micro-batches a step.")
-    num_train_epochs: float = _option(100.0, "Passes over the data.")
-    max_steps: int = _option(-1, "Optimiser steps; above 0 it replaces num_train_epochs.")
-    learning_rate: float | None = _option(None, "Peak learning rate; excludes base_learning_rate.")
-    base_learning_rate: float | None = _option(None, "Peak learning rate at a global batch of 256 (5e-4).")
-    min_learning_rate: float = _option(1e-6, "Learning rate at the end of the cosine.")
-    warmup_epochs: float | None = _option(None, "Epochs of learning-rate warm-up (10, at most a fifth of the run).")
-    warmup_steps: int | None = _option(None, "The same in optimiser steps.")
-    weight_decay: float = _option(0.04, "Weight decay at the start of its cosine.")
-    weight_decay_end: float = _option(0.4, "Weight decay at its end.")
-    max_grad_norm: float | None = _option(None, "Clip the norm of all gradients together (3.0); 0 does not clip.")
-    clip_grad: float | None = _option(
+    per_device_train_batch_size: int = option(64, "Images a process and micro-batch.")
+    gradient_accumulation_steps: int = option(1, "Micro-batches a step.")
+    num_train_epochs: float = option(100.0, "Passes over the data.")
+    max_steps: int = option(-1, "Optimiser steps; above 0 it replaces num_train_epochs.")
+    learning_rate: float | None = option(None, "Peak learning rate; excludes base_learning_rate.")
+    base_learning_rate: float | None = option(None, "Peak learning rate at a global batch of 256 (5e-4).")
+    min_learning_rate: float = option(1e-6, "Learning rate at the end of the cosine.")
+    warmup_epochs: float | None = option(None, "Epochs of learning-rate warm-up (10, at most a fifth of the run).")
+    warmup_steps: int | None = option(None, "The same in optimiser steps.")
+    weight_decay: float = option(0.04, "Weight decay at the start of its cosine.")
+    weight_decay_end: float = option(0.4, "Weight decay at its end.")
+    max_grad_norm: float | None = option(None, "Clip the norm of all gradients together (3.0); 0 does not clip.")
+    clip_grad: float | None = option(
         None, "DINO's clipping, each parameter by itself; excludes max_grad_norm; 0 does not clip."
     )
-    seed: int = _option(42, "Fixes initialisation, order and every crop.")
-    bf16: bool = _option(False, "bfloat16 autocast.")
-    fp16: bool = _option(False, "float16 autocast with loss scaling; not on the CPU.")
+    seed: int = option(42, "Fixes initialisation, order and every crop.")
+    bf16: bool = option(False, "bfloat16 autocast.")
+    fp16: bool = option(False, "float16 autocast with loss scaling; not on the CPU.")
 
 
 @dataclass(kw_only=True)
@@ -183,31 +156,31 @@ class LoggingArguments:
 
     _argument_group_name = "logging and k-NN"
 
-    logging_steps: int = _option(10, "Optimiser steps between two lines of metrics.jsonl.")
-    report_to: str = _option("none", "Trackers, separated by commas: tensorboard, wandb, trackio …, all or none.")
-    run_name: str | None = _option(None, "Name of the run for the trackers.")
-    disable_tqdm: bool = _option(False, "No progress bar.")
-    knn_every: int = _option(0, "Optimiser steps between two k-NN evaluations; 0: before and after training only.")
-    knn_k: int = _option(20, "Neighbours.")
-    knn_temperature: float = _option(0.07, "Temperature of the neighbours' weights.")
-    knn_bank_samples: int = _option(10000, "Labelled images the neighbours are taken from, at most.")
+    logging_steps: int = option(10, "Optimiser steps between two lines of metrics.jsonl.")
+    report_to: str = option("none", "Trackers, separated by commas: tensorboard, wandb, trackio …, all or none.")
+    run_name: str | None = option(None, "Name of the run for the trackers.")
+    disable_tqdm: bool = option(False, "No progress bar.")
+    knn_every: int = option(0, "Optimiser steps between two k-NN evaluations; 0: before and after training only.")
+    knn_k: int = option(20, "Neighbours.")
+    knn_temperature: float = option(0.07, "Temperature of the neighbours' weights.")
+    knn_bank_samples: int = option(10000, "Labelled images the neighbours are taken from, at most.")
 
 
 @dataclass(kw_only=True)
-class HubArguments:
-    """Publishing the result."""
+class PublishingArguments:
+    """When the result is published."""
 
-    _argument_group_name = "Hub"
+    _argument_group_name = "publishing"
 
-    push_to_hub: bool = _option(False, "Upload the output folder, without its checkpoints.")
-    hub_model_id: str | None = _option(None, "Repository; by default the output folder's name.")
-    hub_private_repo: bool = _option(False, "Make the repository private.")
-    hub_strategy: str = _option("end", "Upload at the `end`, or at `every_save`.")
+    hub_strategy: str = option("end", "Upload at the `end`, or at `every_save`.")
 
 
 ARGUMENT_GROUPS = (
     OutputArguments,
-    DataArguments,
+    SavingArguments,
+    DatasetArguments,
+    TrainingDataArguments,
+    CheckpointArguments,
     ModelArguments,
     ReductionArguments,
     DistillationArguments,
@@ -215,13 +188,17 @@ ARGUMENT_GROUPS = (
     OptimizationArguments,
     LoggingArguments,
     HubArguments,
+    PublishingArguments,
 )
 
 
 @dataclass(kw_only=True)
 class DinoArguments(
     OutputArguments,
-    DataArguments,
+    SavingArguments,
+    DatasetArguments,
+    TrainingDataArguments,
+    CheckpointArguments,
     ModelArguments,
     ReductionArguments,
     DistillationArguments,
@@ -229,6 +206,7 @@ class DinoArguments(
     OptimizationArguments,
     LoggingArguments,
     HubArguments,
+    PublishingArguments,
 ):
     """Every option of `recipes/train_dino.py`; its `--help` describes them by group."""
 

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a finished run shows: the loss curve, the pruned tokens, the model card."""
 
-import os
-import platform
-import shlex
 import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import __version__
+from ..hub.facts import hardware, is_hub_id, launch_command, versions
 from ..hub.model_card import KNNRow, TrainingCard, render_model_card
 from ..pictures import PrunedView, plot_loss_curve, plot_pruned_tokens
 from .arguments import DinoArguments
@@ -26,7 +22,6 @@ from .snapshots import MOMENTS
 
 LOSS_CURVE = "loss_curve.png"
 PRUNED_TOKENS = "pruned_tokens.png"
-_LIBRARIES = ("torch", "transformers", "accelerate", "datasets")
 # Where a run reads and writes, and what does not change its result.
 _NOT_SHOWN = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_schedule_change", "save_steps",
@@ -136,23 +131,4 @@ def command(argv: list[str], about: dict[str, object]) -> str:
     while "--resume_from_checkpoint" in words:
         at = words.index("--resume_from_checkpoint")
         del words[at : at + 2]
-    processes = about.get("processes", 1)
-    launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
-    return " ".join(map(shlex.quote, [*launcher, *words]))
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Whether `name` is a Hub repository rather than something on this disk."""
-    return name is not None and not Path(name).exists() and name.count("/") <= 1
-
-
-def versions() -> dict[str, str]:
-    """Of this package and the libraries it stands on."""
-    return {"hf-simprune": __version__} | {name: version(name) for name in _LIBRARIES}
-
-
-def hardware() -> str:
-    """Such as "1 × NVIDIA H200" or "2 CPU cores (x86_64)"."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return launch_command(words, about.get("processes", 1))

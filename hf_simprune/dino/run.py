@@ -15,6 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
 from ..errors import InputError, TrainingError
+from ..hub.facts import hardware, versions
 from ..hub.publish import UploadError, create_repo_early, upload_run
 from ..reduction import window_offset
 from .arguments import DinoArguments
@@ -30,7 +31,7 @@ from .checkpoint import set_aside_later
 from .engine import DinoEngine
 from .export import TRAINING, export_model, save_initial, write_json
 from .output_folder import RUN_FILE, check_output_dir, clear_previous_run
-from .report import draw_pictures, hardware, versions, write_card
+from .report import draw_pictures, write_card
 from .resolve import ResolvedSettings, describe, resolve
 from .run_data import open_data
 from .schedules import StepValues

@@ -4,7 +4,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 
 from ..errors import InputError
 from .arguments import DinoArguments
@@ -140,18 +139,9 @@ def hub_model_id(args: DinoArguments) -> str:
     Raises:
         InputError: the name cannot be a repository's.
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from ..hub.publish import repository_name
 
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        option = "--hub_model_id" if args.hub_model_id else "--push_to_hub takes the name of --output_dir:"
-        raise InputError(
-            f"{option} {name} cannot name a repository: use letters, digits, '-', '_' and '.', as in user/my-model"
-        ) from None
-    return name
+    return repository_name(args.hub_model_id, args.output_dir)
 
 
 def _check_numbers(args: DinoArguments) -> None:

@@ -104,9 +104,9 @@ def render_model_card(card: TrainingCard) -> str:
         card=card,
         knn_table=_knn_table(card),
         gain=_gain_sentence(card),
-        run_table=_table(["", ""], list(card.run.items())),
-        command=_masked(card.command),
-        config_table=_table(["setting", "value"], [(f"`{k}`", f"`{_setting(k, v)}`") for k, v in card.config.items()]),
+        run_table=markdown_table(["", ""], list(card.run.items())),
+        command=masked(card.command),
+        config_table=settings_table(card.config),
         versions=", ".join(f"{name} {version}" for name, version in card.versions.items()),
     )
     return str(rendered).rstrip() + "\n"
@@ -143,7 +143,7 @@ def _knn_table(card: TrainingCard) -> str:
         if row.few_labels is not None and row.few_labels_std is not None:
             few = f"{100 * row.few_labels:.1f} ± {100 * row.few_labels_std:.1f} %"
         body.append([row.features] + [_percent(row.all_labels)] * with_all + [few] * with_few)
-    return _table(header, body)
+    return markdown_table(header, body)
 
 
 def _gain_sentence(card: TrainingCard) -> str:
@@ -156,11 +156,16 @@ def _gain_sentence(card: TrainingCard) -> str:
     )
 
 
+def settings_table(settings: Mapping[str, object]) -> str:
+    """Options and their values, without access tokens."""
+    return markdown_table(["setting", "value"], [(f"`{k}`", f"`{_setting(k, v)}`") for k, v in settings.items()])
+
+
 def _setting(name: str, value: object) -> str:
-    return "***" if name == "token" and value is not None else _masked(str(value))
+    return "***" if name == "token" and value is not None else masked(str(value))
 
 
-def _masked(text: str) -> str:
+def masked(text: str) -> str:
     """Without access tokens: cards are public."""
     return re.sub(r"\bhf_[A-Za-z0-9]{4,}", "***", re.sub(r"(--token[ =])\S+", r"\1***", text))
 
@@ -169,7 +174,7 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table; an empty string without rows."""
     if not rows:
         return ""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 
 from ..errors import InputError
 
@@ -15,6 +16,23 @@ IGNORED = ("checkpoint-*", "abandoned-*", "training/initial/*", "training/teache
 
 class UploadError(RuntimeError):
     """The upload failed. The message is one line that says what is kept and how to try again."""
+
+
+def repository_name(hub_model_id: str | None, output_dir: str) -> str:
+    """The repository to push to: `--hub_model_id`, or the name of the output folder, as `TrainingArguments` has it.
+
+    Raises:
+        InputError: the name cannot be a repository's.
+    """
+    name = hub_model_id or Path(output_dir).resolve().name
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        option = "--hub_model_id" if hub_model_id else "--push_to_hub takes the name of --output_dir:"
+        raise InputError(
+            f"{option} {name} cannot name a repository: use letters, digits, '-', '_' and '.', as in user/my-model"
+        ) from None
+    return name
 
 
 def create_repo_early(hub_model_id: str, private: bool = False, token: str | None = None) -> str:

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that training and compression share."""
+
+from dataclasses import dataclass
+
+from .fields import option, required
+
+
+# Short names on the command line and in YAML files.
+ALIASES = {"dataset": "dataset_name_or_path", "output": "output_dir"}
+
+
+@dataclass(kw_only=True)
+class OutputArguments:
+    """Where the result goes."""
+
+    _argument_group_name = "output"
+
+    output_dir: str = required("Folder the result is written to. Required.")
+    overwrite_output_dir: bool = option(False, "Replace what an earlier run wrote there; other files stay.")
+
+
+@dataclass(kw_only=True)
+class DatasetArguments:
+    """Which images."""
+
+    _argument_group_name = "data set"
+
+    dataset_name_or_path: str = required("Hub name, parquet file or folder, or a folder of images. Required.")
+    dataset_config_name: str | None = option(None, "Configuration of a Hub data set.")
+    dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub data set.")
+    eval_split: str | None = option(
+        None, "Split to evaluate on (training holds out a tenth of its rows, compression a third)."
+    )
+    eval_dataset_name_or_path: str | None = option(
+        None, "Another data set to evaluate on; its split is --eval_split, or train."
+    )
+    max_eval_samples: int | None = option(None, "Evaluate on only so many images (compression: at most 5000).")
+    image_column: str | None = option(None, "Column of the images; needed where several would do.")
+    label_column: str | None = option(None, "Column of the class labels, for evaluation only.")
+    trust_remote_code: bool = option(False, "Allow code from the Hub to run.")
+    token: str | None = option(None, "Hub token; by default the one stored by `hf auth login`.")
+
+
+@dataclass(kw_only=True)
+class CheckpointArguments:
+    """Which trained network."""
+
+    _argument_group_name = "checkpoint"
+
+    model_name_or_path: str | None = option(None, "Hub name or folder of the network to start from.")
+    model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+
+
+@dataclass(kw_only=True)
+class HubArguments:
+    """Publishing the result."""
+
+    _argument_group_name = "Hub"
+
+    push_to_hub: bool = option(False, "Upload the output folder, without its checkpoints.")
+    hub_model_id: str | None = option(None, "Repository; by default the output folder's name.")
+    hub_private_repo: bool = option(False, "Make the repository private.")

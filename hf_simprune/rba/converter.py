@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model, plan and maps to the compressed model: a stock class wherever one can say it."""
+
+from transformers import PreTrainedModel
+
+from .maps import FittedMaps
+from .own_conversion import _OWN_CLASSES, convert_to_own
+from .plan import CompressionPlan
+from .stock_conversion import convert_to_stock
+
+
+def convert(model: PreTrainedModel, plan: CompressionPlan, maps: FittedMaps) -> PreTrainedModel:
+    """The compressed model, in eval mode; `model` stays as it is.
+
+    Plans of folds and identities give the stock class with fewer layers, all others a class of this package, which
+    `hf_simprune.models.sharing.save_with_code` saves so that it loads without the package.
+
+    Args:
+        model: A model of a supported family.
+        plan: For a model of this depth.
+        maps: The fitted map of every span and half of the plan.
+
+    Raises:
+        InputError: another depth, an unsupported family, or a map this family cannot have.
+    """
+    keeps_map_modules = bool(vars(model.config).get("block_maps"))
+    if plan.needs_own_classes or keeps_map_modules:
+        return convert_to_own(model, plan, maps)
+    return convert_to_stock(model, plan, maps)
+
+
+def can_hold_maps(model: PreTrainedModel) -> bool:
+    """Whether a plan for `model` may have more than folds and identities."""
+    return type(model) in _OWN_CLASSES

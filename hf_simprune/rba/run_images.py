@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images of a run: to calibrate on, and held out from that to evaluate on."""
+
+from dataclasses import dataclass
+
+import torch
+from datasets import ClassLabel, Dataset
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..data.loading import find_label_column, load_split
+from .arguments import AnalyzeArguments, CompressArguments
+from .calibration import CalibrationSet, ImageReader, open_calibration_set
+from .comparison import LabelledRows, labels_of
+
+
+EVALUATION_IMAGES = 5000
+
+
+@dataclass(frozen=True)
+class RunImages:
+    """`calibration` fits and chooses; `training` are the same images with labels; `evaluation` is seen by neither."""
+
+    calibration: CalibrationSet
+    training: LabelledRows
+    evaluation: LabelledRows
+    evaluated_on: str
+
+
+def open_images(args: AnalyzeArguments | CompressArguments, processor: BaseImageProcessor) -> RunImages:
+    """Open the data and fix every choice of rows before an image is read.
+
+    Raises:
+        InputError: no such data, no images in it, too few rows.
+    """
+    own_split = args.eval_split is not None or args.eval_dataset_name_or_path is not None
+    calibration, rows = open_calibration_set(
+        args.dataset_name_or_path,
+        processor,
+        args.calibration_split,
+        args.dataset_config_name,
+        args.dataset_revision,
+        args.image_column,
+        args.calibration_images,
+        hold_out=not own_split,
+        seed=args.seed,
+        token=args.token,
+        trust_remote_code=args.trust_remote_code,
+    )
+    reader, evaluation_rows = calibration.reader, rows
+    chosen = list(calibration.evaluation)
+    where = "held out from calibration"
+    if own_split:
+        name = args.eval_dataset_name_or_path or args.dataset_name_or_path
+        split = args.eval_split or "train"
+        evaluation_rows = load_split(
+            name,
+            split,
+            args.dataset_config_name,
+            args.dataset_revision,
+            token=args.token,
+            split_option="--eval_split",
+        )
+        reader = ImageReader(evaluation_rows, processor, args.image_column)
+        chosen = torch.randperm(len(evaluation_rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
+        where = f"of {split}" if args.eval_dataset_name_or_path is None else "of another data set"
+    chosen = chosen[: args.max_eval_samples or EVALUATION_IMAGES]
+    training = (*calibration.fit, *calibration.select)
+    return RunImages(
+        calibration,
+        _labelled(calibration.reader, rows, training, args.label_column),
+        _labelled(reader, evaluation_rows, tuple(chosen), args.label_column),
+        f"{len(chosen)} images {where}",
+    )
+
+
+def _labelled(reader: ImageReader, rows: Dataset, chosen: tuple[int, ...], label_column: str | None) -> LabelledRows:
+    column = find_label_column(rows.features, label_column)
+    feature = rows.features[column] if column is not None else None
+    names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
+    return LabelledRows(reader, chosen, labels_of(rows, column, chosen), names)
