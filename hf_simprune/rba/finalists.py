@@ -10,7 +10,7 @@ from .measure import measure_plans
 from .plan import Half, Span
 
 
-FINALISTS = 8
+FINALISTS = 6
 
 
 def pooled_costs(

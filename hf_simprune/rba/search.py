@@ -70,8 +70,8 @@ def choose(
     most the 40 most promising are run. The cheapest few are compared once more on all calibration images, none with a
     map that was fitted on it (see `pooled_costs`). With granularity "half" the search over whole blocks is part of it,
     so the result is never worse on these images; a budget in blocks then means the MACs that folding away as many
-    blocks would save. Under a cost budget the plan that saves most MACs is wanted, and its cost is the one measured for the
-    plan as a whole.
+    blocks would save. Under a cost budget the plan that saves most MACs is wanted, and its cost is the one measured
+    for the plan as a whole.
 
     "br-contiguous", "br-greedy": the papers' choice by block redundancy (arXiv 2410.04941) of `br_tokens` ("all" or
     "cls"), for a budget in blocks and one kind of map.
