@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The DINO loss and its centre (https://huggingface.co/papers/2104.14294), as pure functions of tensors."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 class TeacherTargets(NamedTuple):
@@ -37,15 +39,51 @@ def dino_loss(student_logits: Tensor, targets: Tensor, num_views: int, temperatu
         num_views: V.
         temperature: of the student.
     """
-    logits = (student_logits / temperature).unflatten(0, (num_views, -1))  # (V, B, K)
-    normaliser = logits.logsumexp(dim=-1)  # (V, B)
-    batch = logits.shape[1]
-    targets = targets.unflatten(0, (-1, batch))  # (Q, B, K)
-    num_teacher_views = targets.shape[0]
-    own = slice(0, num_teacher_views)
-    others = logits.sum(dim=0) - logits[own]  # (Q, B, K): all views but the teacher's own
-    cross = (normaliser.sum(dim=0) - normaliser[own]) - (targets * others).sum(dim=-1)
-    return cross.sum() / (batch * num_teacher_views * (num_views - 1))
+    logits = student_logits.unflatten(0, (num_views, -1))  # (V, B, K)
+    targets = targets.unflatten(0, (-1, logits.shape[1]))  # (Q, B, K)
+    return _CrossEntropyOfPairs.apply(logits, targets, temperature)
+
+
+class _CrossEntropyOfPairs(torch.autograd.Function):
+    """View by view: with many prototypes, passes over the logits of all views at once are bound by memory."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        views, batch, _ = logits.shape
+        normaliser = logits.new_empty(views, batch)
+        total = logits.new_zeros(())
+        target_sum = targets.sum(dim=0)
+        for view, (pairs, wanted) in enumerate(_targets_of_views(targets, target_sum, views)):
+            scaled = logits[view] / temperature
+            torch.logsumexp(scaled, dim=-1, out=normaliser[view])
+            total += pairs * normaliser[view].sum() - torch.dot(wanted.flatten(), scaled.flatten())
+        ctx.save_for_backward(logits, targets, target_sum, normaliser)
+        ctx.temperature = temperature
+        return total / _count_of_pairs(logits, targets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, target_sum, normaliser = ctx.saved_tensors
+        scale = gradient / (_count_of_pairs(logits, targets) * ctx.temperature)
+        to_logits = torch.empty_like(logits)
+        for view, (pairs, wanted) in enumerate(_targets_of_views(targets, target_sum, len(logits))):
+            here = torch.div(logits[view], ctx.temperature, out=to_logits[view])
+            here.sub_(normaliser[view].unsqueeze(-1)).exp_().mul_(pairs).sub_(wanted).mul_(scale)
+        return to_logits, None, None
+
+
+def _targets_of_views(targets: Tensor, target_sum: Tensor, views: int) -> Iterator[tuple[int, Tensor]]:
+    """For each student view the number of teacher views it is paired with and the sum (B, K) of their targets."""
+    for view in range(views):
+        if view < len(targets):  # the crop that this teacher view shows too
+            yield len(targets) - 1, target_sum - targets[view]
+        else:
+            yield len(targets), target_sum
+
+
+def _count_of_pairs(logits: Tensor, targets: Tensor) -> int:
+    return len(targets) * (len(logits) - 1) * logits.shape[1]
 
 
 def updated_center(center: Tensor, logit_sum: Tensor, count: int, momentum: float) -> Tensor:
