@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy of a network's own classification head on labelled images, where the labels mean what the head means."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,9 +12,9 @@ from ..errors import InputError
 from .knn import paired_bootstrap_interval
 
 
-# Labels without names are believed to be the head's own only if the original network guesses them this much better
-# than chance.
-BELIEVED_OVER_CHANCE = 5
+# Labels without names are believed to be the head's own only if a network that guesses would find as many of them as
+# the original does less often than this.
+GUESSED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,9 @@ def head_accuracy(
 ) -> HeadAccuracy:
     """Accuracy of the head before and after compression.
 
+    Labels without names need not be the head's classes: there is an accuracy only if the original network finds more
+    of them than guessing among `num_classes` would (one-sided binomial test at 0.001).
+
     Args:
         original: (N,) classes that the original network gives, `compressed` those of the other, on the same images.
         match: what the images are, from [`match_labels`].
@@ -118,14 +122,28 @@ def head_accuracy(
     if match.targets is None:
         return HeadAccuracy(None, None, None, agreement, len(original), match.reason)
     before, after = ((given == match.targets.cpu()).double() for given in (original, compressed))
-    if not match.by_name and before.mean().item() <= BELIEVED_OVER_CHANCE / num_classes and num_classes > 1:
+    if not match.by_name and guessing_probability(int(before.sum()), len(before), num_classes) >= GUESSED:
         reason = (
-            f"the labels have no names and the original network finds {100 * before.mean().item():.1f} % of them, no "
-            f"more than {BELIEVED_OVER_CHANCE} times chance: they are probably not the classes of its head"
+            f"there are no names to match labels and classes by, and the original network finds "
+            f"{100 * before.mean().item():.1f} % of {len(before)} labels, which guessing among {num_classes} classes "
+            "may too: they are probably not the classes of its head, or the images are too few to tell"
         )
         return HeadAccuracy(None, None, None, agreement, len(original), reason)
     difference = paired_bootstrap_interval(after, before, seed) if len(before) > 1 else None
     return HeadAccuracy(before.mean().item(), after.mean().item(), difference, agreement, len(original))
+
+
+def guessing_probability(hits: int, images: int, num_classes: int) -> float:
+    """How probable it is that guessing among `num_classes` classes finds at least `hits` of `images` labels.
+
+    0 for a head of one class, which leaves nothing to guess.
+    """
+    if num_classes < 2:
+        return 0.0
+    count = torch.arange(hits, images + 1, dtype=torch.float64)
+    log_ways = math.lgamma(images + 1) - torch.lgamma(count + 1) - torch.lgamma(images - count + 1)
+    log_odds = -count * math.log(num_classes) + (images - count) * math.log1p(-1 / num_classes)
+    return min(1.0, (log_ways + log_odds).logsumexp(0).exp().item())
 
 
 def _match_names(class_names: Sequence[str], heads: Mapping[int, str]) -> tuple[list[int], str]:

@@ -112,7 +112,8 @@ def evaluate_linear(
     """Train a linear head on frozen features and test it once.
 
     The weight decay is the one that is best on a seeded fifth of the training rows that the others do not see; of
-    equally good ones the strongest. The head is then fitted to all training rows.
+    equally good ones the strongest. Where that fifth leaves one class only, it is the first of the grid. The head is
+    then fitted to all training rows.
 
     Args:
         train_features: (M, D); train_labels: (M,).
@@ -126,7 +127,7 @@ def evaluate_linear(
     order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(seed))
     held, rest = order[: len(order) // 5], order[len(order) // 5 :]
     best, best_accuracy, classifier = l2_grid[0], -1.0, None
-    if len(l2_grid) > 1 and len(held):
+    if len(l2_grid) > 1 and len(held) and len(torch.unique(train_labels[rest])) > 1:
         for l2 in sorted(l2_grid, reverse=True):
             classifier = fit_linear(train_features[rest], train_labels[rest], l2, classifier)
             predicted = classifier.predict(train_features[held])
@@ -135,7 +136,9 @@ def evaluate_linear(
                 best, best_accuracy = l2, accuracy
     predicted = fit_linear(train_features, train_labels, best).predict(test_features).cpu()
     hits = predicted == test_labels.cpu()
-    accuracy, low, high = paired_bootstrap_interval(hits, torch.zeros_like(hits), seed)
+    accuracy = low = high = hits.double().mean().item()
+    if len(hits) > 1:  # of a single row there is nothing to draw
+        _, low, high = paired_bootstrap_interval(hits, torch.zeros_like(hits), seed)
     return ProbeResult(predicted, hits, accuracy, (low, high), best)
 
 

@@ -119,7 +119,6 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@torch.no_grad()
 def macs(forward: Callable[[Tensor], Any], pixel_values: Tensor) -> int:
     """MACs of one image, counted while `forward` (a model or a function of its own) runs.
 
@@ -233,7 +232,8 @@ def _count(call: Callable[[], object]) -> tuple[int, int]:
 
 
 def _counted(call: Callable[[], object]) -> int:
-    # the fused attention of the CPU is not known to the counter; its plain form is
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # The fused attention of the CPU is not known to the counter; its plain form is. Without inference mode the
+    # counter's hooks stumble over a view of a parameter, which is what a constant map gives.
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() // 2

@@ -121,13 +121,13 @@ def analyze(
 
     clock = _Clock()
     bench = Bench(adapter, images, OutputCost(), chunk_size, accelerator, progress)
-    moments, bank = _moment_pass(bench, max_span, granularity == "half", "fold" in measured_kinds)
+    moments, cost = _moment_pass(bench, max_span, granularity == "half", "fold" in measured_kinds)
     clock.lap("moments")
     maps = fit_all(items, moments, ridge, bias)
     clock.lap("maps")
     spans = _metrics(moments, adapter.depth)
     clock.lap("metrics")
-    bench = Bench(adapter, images, OutputCost(bank), chunk_size, accelerator, progress)
+    bench = Bench(adapter, images, cost, chunk_size, accelerator, progress)
     costs = measure_items(bench, maps, images.select[:cost_images])
     clock.lap("costs")
     settings = {
@@ -183,8 +183,8 @@ def _check_tokens(adapter: Adapter, images: CalibrationSet) -> None:
         )
 
 
-def _moment_pass(bench: Bench, max_span: int, halves: bool, fold: bool) -> tuple[Moments, Tensor | None]:
-    """Moments of the network as it is and, without a classifier, its outputs for the first of the fit images."""
+def _moment_pass(bench: Bench, max_span: int, halves: bool, fold: bool) -> tuple[Moments, OutputCost]:
+    """Moments of the network as it is, and its cost: without a classifier, outputs for the first of the fit images."""
     adapter, images = bench.adapter, bench.images
     accumulator = MomentAccumulator(
         adapter.depth,
@@ -209,9 +209,10 @@ def _moment_pass(bench: Bench, max_span: int, halves: bool, fold: bool) -> tuple
 
     moments = fit_moments(bench, accumulator, run, "moments", keep_outputs)
     if adapter.head == "classifier":
-        return moments, None
+        return moments, OutputCost()
     by_index = dict(gather_object(bank) if bench.ranks[1] > 1 else bank)
-    return moments, torch.stack([by_index[i] for i in images.fit if i in by_index]).to(adapter.model.device)
+    rows = tuple(index for index in images.fit if index in by_index)
+    return moments, OutputCost(torch.stack([by_index[index] for index in rows]).to(adapter.model.device), rows)
 
 
 def _metrics(moments: Moments, depth: int) -> list[SpanRecord]:

@@ -32,7 +32,8 @@ class AnalysisArguments:
     map: list[str] | None = option(
         None,
         "Maps that may replace a span, one or several of fold linear identity low_rank mlp res_mlp (to analyze: fold "
-        "linear; to compress: fold, whose result is a stock model).",
+        "linear; to compress: fold, whose result is a stock model). mlp and res_mlp are trained once chosen; before "
+        "that, linear stands in for them.",
     )
     rank: int | None = option(None, "Rank of low_rank maps (an eighth of the width).")
     granularity: str = option("block", "block: whole blocks go; half: attention or MLP of a block may go alone.")
@@ -174,12 +175,7 @@ def validate_analysis(args: AnalyzeArguments | CompressArguments) -> None:
             raise InputError(f"--{name} {vars(args)[name]}: must be {least} or more")
     if args.max_eval_samples is not None and args.max_eval_samples < 1:
         raise InputError(f"--max_eval_samples {args.max_eval_samples}: must be 1 or more")
-    other_images = args.eval_dataset_name_or_path not in (None, args.dataset_name_or_path)
-    if args.eval_split == args.calibration_split and not other_images:
-        raise InputError(
-            f"--eval_split {args.eval_split} is the calibration split too: name another, or leave it out to hold a "
-            "third of the images out"
-        )
+    _check_evaluation_is_apart(args)
     if args.ridge < 0:
         raise InputError(f"--ridge {args.ridge:g}: must be 0 or more")
     if args.granularity not in GRANULARITIES:
@@ -194,6 +190,35 @@ def validate_analysis(args: AnalyzeArguments | CompressArguments) -> None:
         raise InputError(f"--rank {args.rank}: must be 1 or more")
     if args.rank is not None and "low_rank" not in kinds:
         raise InputError(f"--rank {args.rank} is for low_rank maps: add --map low_rank, or leave it out")
+
+
+def _check_evaluation_is_apart(args: AnalyzeArguments | CompressArguments) -> None:
+    """Raises InputError where the images to evaluate on would be images that were calibrated on."""
+    other = args.eval_dataset_name_or_path
+    if other is not None and _place(other) != _place(args.dataset_name_or_path):
+        return
+    split = args.eval_split or (None if other is None else "train")
+    if split is None:
+        return
+    ours, theirs = map(_slices, (args.calibration_split, split))
+    # of two different slices only the data set can tell whether they overlap
+    whole = {name for name, part in (*ours, *theirs) if not part}
+    if ours & theirs or whole & {name for name, _ in ours} & {name for name, _ in theirs}:
+        raise InputError(
+            f"--eval_split {split} is the calibration split too: name another, or leave it out to hold a third of the "
+            "images out"
+        )
+
+
+def _slices(split: str) -> set[tuple[str, str]]:
+    """Name and slice of every part of a split: "train[:90%]+test" is ("train", ":90%]") and ("test", "")."""
+    return {part.strip().partition("[")[::2] for part in split.split("+")}
+
+
+def _place(name_or_path: str) -> str:
+    """One name for a local path however it is written; a Hub name as it is."""
+    path = Path(name_or_path).expanduser()
+    return str(path.resolve()) if path.exists() else name_or_path
 
 
 def validate_compression(args: CompressArguments) -> None:

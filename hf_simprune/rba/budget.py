@@ -124,6 +124,18 @@ class ScoredPlan:
         return self.predicted_cost
 
 
+def blocks_as_macs(depth: int, candidates: Iterable[Candidate], budget: Budget) -> Budget:
+    """The MACs that removing so many whole blocks saves, by fold where folds are offered: a budget for halves too.
+
+    Raises:
+        InputError: so many blocks cannot be removed.
+    """
+    single = [entry.macs for entry in candidates if isinstance(entry.item, Span) and entry.blocks == 1]
+    if budget.value >= depth or not single:
+        raise InputError(f"--remove_blocks {budget.value}: at most {depth - 1} of {depth} blocks can be removed")
+    return Budget("macs", int(budget.value) * max(single))
+
+
 def make_plan(depth: int, items: Iterable[Span | Half]) -> CompressionPlan:
     """The plan of these items, in any order.
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +100,9 @@ class Comparison:
         )
         cost, low, high = self.cost
         table.append((self.cost_name, "0", number(cost), f"[{number(low)}, {number(high)}]"))
-        if self.agreement is not None:
+        if self.agreement is None:
+            table.append(("relative squared error of the output", "0", number(self.relative_error), ""))
+        else:
             table.append(("same class as the original", "100 %", f"{100 * self.agreement:.1f} %", ""))
         for name, accuracy in (("original head", self.head), ("re-trained linear head", self.retrained)):
             if accuracy is not None and accuracy.original is not None:
@@ -150,7 +153,7 @@ def compare(
         images=seen.count,
         device=str(pixels.device.type).upper(),
         parameters=(parameters(original.model), parameters(compressed.model)),
-        macs=(_macs(original, pixels), _macs(compressed, pixels)),
+        macs=(macs(partial(module_forward, original), pixels), macs(partial(module_forward, compressed), pixels)),
         seconds=(latency.original, latency.compressed),
         file_bytes=file_bytes,
         latency_ratio=tuple(latency.ratio),
@@ -161,17 +164,6 @@ def compare(
         head=None if head is None else _as_accuracy(head),
         retrained=retrained,
     )
-
-
-def _macs(adapter: Adapter, pixels: Tensor) -> int:
-    # the counter's hooks stumble over views of parameters that require gradients, as a constant map's output is
-    wanted = {parameter: parameter.requires_grad for parameter in adapter.model.parameters()}
-    adapter.model.requires_grad_(False)
-    try:
-        return macs(lambda x: module_forward(adapter, x), pixels)
-    finally:
-        for parameter, requires_grad in wanted.items():
-            parameter.requires_grad_(requires_grad)
 
 
 @dataclass(frozen=True)

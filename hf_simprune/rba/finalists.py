@@ -27,7 +27,9 @@ def pooled_costs(
         stand_ins: the closed-form item for each item of the plans, itself or what stands in for a trained map.
     """
     images = analysis.images
-    halves = [[index for index in images.fit if index % 2 == parity] for parity in (0, 1)]
+    # the pass that fitted the maps has met them all: what it could not read is no part of either half
+    readable = [index for index in images.fit if index not in images.reader.unreadable]
+    halves = [[index for index in readable if index % 2 == parity] for parity in (0, 1)]
     if not rows or not all(halves):
         return None
     parts = analysis.moments.halved
@@ -35,12 +37,13 @@ def pooled_costs(
         return None
     settings = analysis.report.settings
     items = {stand_ins[item] for row in rows for item in row.plan.items}
-    sums = [row.cost * len(images.select) for row in rows]
+    selected = sum(index not in images.reader.unreadable for index in images.select)
+    sums = [row.cost * selected for row in rows]
     for indices, other in zip(halves, reversed(parts)):
         fitted = fit_all(sorted(items, key=str), other, settings["ridge"], settings["bias"])
         maps: FittedMaps = {item: fitted[stand_in] for item, stand_in in stand_ins.items() if stand_in in fitted}
         runs = [(row.plan, maps) for row in rows]
         for n, found in enumerate(measure_plans(analysis.bench, runs, indices, "finalists")):
             sums[n] += found.cost * len(indices)
-    total = len(images.select) + len(images.fit)
+    total = selected + len(readable)
     return [value / total for value in sums]

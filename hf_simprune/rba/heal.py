@@ -75,7 +75,8 @@ def heal(
     pair = adapter_for(student), adapter_for(teacher)
     history: list[float] = []
     try:
-        batches = _batches(images.reader, indices or images.fit, pair[0].image_size, batch_size, seed, rank, world)
+        size = _prepared_size(images.reader, pair[0])
+        batches = _batches(images.reader, indices or images.fit, size, batch_size, seed, rank, world)
         for step in (bar := tqdm(range(steps), desc="healing", disable=not progress or rank > 0, leave=False)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * _schedule(step, steps)
@@ -139,6 +140,12 @@ def _block_parameter_names(adapter: Adapter) -> set[str]:
     """Names of the parameters of the blocks that have nothing replaced."""
     full = (block for b, block in enumerate(adapter.layers) if adapter.halves(b) == BOTH_HALVES)
     return {name for block in full for name, _ in block.named_parameters()}
+
+
+def _prepared_size(reader: ImageReader, adapter: Adapter) -> tuple[int, int]:
+    """(H, W) of the images as the processor gives them, which need not be the size the network is configured for."""
+    height, width = reader.prepare([np.zeros((*adapter.image_size, 3), dtype=np.uint8)]).shape[-2:]
+    return height, width
 
 
 def _batches(

@@ -8,10 +8,9 @@ from ..errors import InputError
 from ..evaluation.model_cost import Cost, PieceCosts, gains, piece_costs
 from .adapters import Adapter
 from .arguments import CompressArguments, parse_limit
-from .budget import Budget, Candidate
+from .budget import Budget, Candidate, blocks_as_macs
 from .calibration import ImageReader
 from .candidates import candidate_items, closed_form_kinds
-from .plan import Half
 from .planner import check_budget
 
 
@@ -62,11 +61,13 @@ def check_reachable(args: CompressArguments, adapter: Adapter, budget: Budget, p
     for item in items:
         saved = gains(item, pieces)
         candidates.append(Candidate(item, 0.0, saved.blocks, saved.params, saved.macs, saved.seconds))
-    if budget.kind == "blocks" and args.granularity == "half":
-        # blocks then stand for the MACs they take, so whole blocks have to be able to meet it
-        candidates = [entry for entry in candidates if not isinstance(entry.item, Half)]
+    protected = () if args.first_block else (0,)
     try:
-        check_budget(adapter.depth, candidates, budget, () if args.first_block else (0,))
+        check_budget(adapter.depth, candidates, budget, protected)  # of blocks: by spans alone
+        if budget.kind == "blocks" and args.granularity == "half":
+            # blocks then stand for their MACs, of which those of a map in the place of a block are few
+            macs = blocks_as_macs(adapter.depth, candidates, budget)
+            check_budget(adapter.depth, candidates, macs, protected)
     except InputError as error:
         # in the words of the command line
         reason = str(error).partition(": ")[2]

@@ -120,7 +120,7 @@ def _measure(
             reference = adapter.output(found.hidden[-1])
             costs = torch.zeros(count, 2, dtype=torch.float64)
             for row, output in zip(costs, outputs(found, context)):
-                row += bench.cost(reference, output).sum(dim=1)
+                row += bench.cost(reference, output, chunk.indices).sum(dim=1)
                 bar.update()
             totals[1:] += costs.flatten()
             totals[0] += len(chunk.indices)

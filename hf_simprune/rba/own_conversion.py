@@ -29,7 +29,8 @@ from .replay import check_plan
 from .stock_conversion import fold_into
 
 
-_OWN_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
+# The class of this package that a model with maps becomes.
+OWN_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     ViTModel: SimPruneViTModel,
     ViTForImageClassification: SimPruneViTForImageClassification,
     DeiTModel: SimPruneDeiTModel,
@@ -62,9 +63,9 @@ def convert_to_own(model: PreTrainedModel, plan: CompressionPlan, maps: FittedMa
         InputError: another kind of model, a plan for another depth, a map that is missing or of another kind, a half
             or a fold where the model already has a map.
     """
-    own_class = _OWN_CLASSES.get(type(model))
+    own_class = OWN_CLASSES.get(type(model))
     if own_class is None:
-        taken = ", ".join(found.__name__ for found in _OWN_CLASSES)
+        taken = ", ".join(found.__name__ for found in OWN_CLASSES)
         raise InputError(
             f"plan {plan}: a {type(model).__name__} can have the maps {' and '.join(STOCK_MAPS)} only; "
             f"the others are for {taken}"

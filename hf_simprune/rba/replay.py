@@ -44,9 +44,11 @@ def activations(adapter: Adapter, pixel_values: Tensor, halves: bool = False, fo
 
 
 def check_plan(adapter: Adapter, plan: CompressionPlan) -> None:
-    """Raise `InputError` unless the model has what the plan replaces or folds into."""
+    """Raise `InputError` unless the model has what the plan replaces or folds into, and the width for its ranks."""
     check_depth(plan, adapter.depth)
     for span in plan.spans:
+        if span.rank is not None and span.rank > adapter.width:
+            raise InputError(f"plan: {span}: 1 to {adapter.width} are accepted, the width of this model")
         if span.map == "fold" and "mlp" not in adapter.halves(span.start - 1):
             raise InputError(
                 f"plan: {span} needs the MLP of block {span.start - 1}, which this model has replaced already: "

@@ -15,7 +15,6 @@ _IMAGE_COUNTS = {
     "fit": "to fit",
     "selection": "to select",
     "cost": "of these for the costs below",
-    "evaluation": "to evaluate",
     "unreadable": "unreadable",
 }
 _SHOWN_SPANS = 10  # cheapest spans of each map in the table

@@ -22,6 +22,7 @@ from .adapters import Adapter, adapter_for
 from .advice import network_notes, result_notes
 from .analysis import Analysis, analyze, check_finite_weights
 from .arguments import AnalyzeArguments, CompressArguments, parse_limit, validate_analysis, validate_compression
+from .candidates import TRAINED_MAPS
 from .checkpoint import Checkpoint, load_checkpoint, loader_of
 from .choice import measure_choice, refit_choice
 from .comparison import Comparison, compare
@@ -88,6 +89,9 @@ def run_compress(args: CompressArguments) -> None:
     check_output_dir(args.output_dir, args.overwrite_output_dir)
     start = _start(args)
     _check_own_maps(args, plan, start.adapter)
+    trained = [kind for kind in args.map if kind in TRAINED_MAPS]
+    if trained and start.accelerator.num_processes > 1:
+        raise InputError(f"--map {' '.join(trained)}: maps are trained by one process: run without accelerate launch")
     pieces = _pieces(start)
     budget = None
     if plan is None:

@@ -8,6 +8,7 @@ from datasets import ClassLabel, Dataset
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.loading import find_label_column, load_split
+from ..errors import InputError
 from .arguments import AnalyzeArguments, CompressArguments
 from .calibration import CalibrationSet, ImageReader, open_calibration_set
 from .comparison import LabelledRows, labels_of
@@ -52,14 +53,19 @@ def open_images(args: AnalyzeArguments | CompressArguments, processor: BaseImage
     if own_split:
         name = args.eval_dataset_name_or_path or args.dataset_name_or_path
         split = args.eval_split or "train"
-        evaluation_rows = load_split(
-            name,
-            split,
-            args.dataset_config_name,
-            args.dataset_revision,
-            token=args.token,
-            split_option="--eval_split",
-        )
+        try:
+            evaluation_rows = load_split(
+                name,
+                split,
+                args.dataset_config_name,
+                args.dataset_revision,
+                token=args.token,
+                split_option="--eval_split",
+            )
+        except InputError as error:
+            if args.eval_dataset_name_or_path is None:
+                raise
+            raise InputError(str(error).replace("--dataset_name_or_path", "--eval_dataset_name_or_path")) from None
         reader = ImageReader(evaluation_rows, processor, args.image_column)
         chosen = torch.randperm(len(evaluation_rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
         where = f"of {split}" if args.eval_dataset_name_or_path is None else "of another data set"

@@ -15,6 +15,7 @@ from .checkpoint import loader_of
 
 
 _WITH_TEXT = (CLIPModel, SiglipModel)
+_ROUNDINGS = 100  # of the largest output, that two runs of the same weights may differ by
 
 
 def is_stock(model: PreTrainedModel) -> bool:
@@ -43,14 +44,21 @@ def check_reload(model: PreTrainedModel, folder: Path, pixel_values: Tensor) -> 
     """Load `folder` as a user would and compare with the network in memory.
 
     Raises:
-        TrainingError: another class, or an output that differs in any bit.
+        TrainingError: another class, a weight that differs in any bit, or an output that differs by more than
+            rounding: a matrix product may round differently where a file's bytes lie in memory differently.
     """
     loader = loader_of((AutoConfig.from_pretrained(folder).architectures or [""])[0])
     reloaded = loader.from_pretrained(folder, dtype="auto").eval().to(model.device)
     if type(reloaded) is not type(model):
         raise TrainingError(f"{folder} loads as {type(reloaded).__name__}, not as {type(model).__name__}")
+    expected, found = model.state_dict(), reloaded.state_dict()
+    wrong = [name for name in expected if name not in found or not torch.equal(expected[name], found[name])]
+    wrong += [name for name in found if name not in expected]
+    if wrong:
+        raise TrainingError(f"{folder}: the saved weights are not those in memory, for example {wrong[0]}")
     expected, found = (module_forward(adapter_for(each), pixel_values) for each in (model, reloaded))
-    if not torch.equal(expected, found):
+    rounding = _ROUNDINGS * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+    if not torch.allclose(expected, found, rtol=0, atol=rounding, equal_nan=True):
         raise TrainingError(f"{folder}: the saved network computes something else than the one in memory")
 
 

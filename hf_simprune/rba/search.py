@@ -9,7 +9,7 @@ from itertools import islice
 from ..errors import InputError
 from ..evaluation.model_cost import PieceCosts, gains
 from .analysis import Analysis
-from .budget import OPTIONS, usable
+from .budget import OPTIONS, blocks_as_macs, usable
 from .candidates import GRANULARITIES, TRAINED_MAPS, closed_form_kinds
 from .choice import Choice, MeasuredPlan, measure_choice, measured_row, network_pieces
 from .finalists import FINALISTS, pooled_costs
@@ -94,7 +94,7 @@ def choose(
         plan = _br_choice(analysis, budget, strategy, kinds, br_tokens)
         return measure_choice(analysis, plan, pieces=pieces, source=strategy, seed=seed)
     if granularity == "half" and budget.kind == "blocks":
-        budget = _as_macs(analysis, candidates, budget)
+        budget = blocks_as_macs(analysis.adapter.depth, candidates, budget)
     search = _Search(analysis, budget, candidates, k, SWAP_EVALUATIONS if refine else 0)
     blocks_only = [candidate for candidate in candidates if isinstance(candidate.item, Span)]
     if granularity == "half":
@@ -239,17 +239,6 @@ def _offered(item: Span | Half, kinds: Sequence[str], granularity: str) -> list[
 
 def _stand_in(item: Span | Half) -> Span | Half:
     return Span(item.start, item.end, "linear") if item.map in TRAINED_MAPS else item
-
-
-def _as_macs(analysis: Analysis, candidates: Sequence[Candidate], budget: Budget) -> Budget:
-    """The MACs that removing that many blocks saves, by fold where folds are measured."""
-    single = [entry.macs for entry in candidates if isinstance(entry.item, Span) and entry.blocks == 1]
-    if budget.value >= analysis.adapter.depth or not single:
-        raise InputError(
-            f"--remove_blocks {budget.value}: at most {analysis.adapter.depth - 1} of {analysis.adapter.depth} blocks "
-            "can be removed"
-        )
-    return Budget("macs", int(budget.value) * max(single))
 
 
 def _br_choice(

@@ -10,6 +10,7 @@ from transformers import DeiTModel, PreTrainedConfig, PreTrainedModel, ViTModel
 from transformers.backbone_utils import BackboneConfigMixin
 
 from ..errors import InputError
+from ..models.stock import add_cls_pooler
 from .adapters import Adapter, adapter_for
 from .adapters.base import BOTH_HALVES
 from .maps import AffineMap, FittedMaps
@@ -87,7 +88,7 @@ def _without_blocks(adapter: Adapter, kept: list[int]) -> PreTrainedModel:
     _set_depth(adapter.blocks_config(config), len(kept))
     weights = _kept_weights(adapter, kept)
     if stock_class in (ViTModel, DeiTModel) and adapter.tower.pooler is None:
-        _add_plain_pooler(config, weights)
+        add_cls_pooler(config, weights)
     # On the meta device, where nothing is drawn and nothing is stored.
     with torch.device("meta"):
         stock = stock_class(config, **adapter.init_arguments())
@@ -131,12 +132,3 @@ def _kept_weights(adapter: Adapter, kept: list[int]) -> dict[str, Tensor]:
             name = f"{prefix}{position[block]}.{rest}"
         weights[name] = value.clone()
     return weights
-
-
-def _add_plain_pooler(config: PreTrainedConfig, weights: dict[str, Tensor]) -> None:
-    """A linear pooler that gives the CLS token: stock classes load one, and would draw what the file does not hold."""
-    config.pooler_act = "linear"
-    config.pooler_output_size = config.hidden_size
-    like = weights["layernorm.weight"]
-    weights["pooler.dense.weight"] = torch.eye(config.hidden_size, dtype=like.dtype, device=like.device)
-    weights["pooler.dense.bias"] = torch.zeros_like(like)

@@ -1,10 +1,12 @@
 """Accuracy of a network's own head, where labels mean what the head means."""
 
+import math
+
 import pytest
 import torch
 
 from hf_simprune.errors import InputError
-from hf_simprune.evaluation.classification import head_accuracy, match_labels, predictions
+from hf_simprune.evaluation.classification import guessing_probability, head_accuracy, match_labels, predictions
 
 
 HEAD = {0: "tench, Tinca tinca", 1: "great white shark, white shark", 2: "sports_car", 3: "crane", 4: "crane"}
@@ -99,3 +101,31 @@ def test_without_targets_the_reason_is_passed_on():
     assert result.original is None
     assert result.reason == match.reason
     assert result.agreement == 0.5
+
+
+@pytest.mark.parametrize("classes", [2, 4, 5, 1000])
+def test_labels_without_names_are_believed_for_any_number_of_classes(classes):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (300,), generator=generator)
+    names = {index: f"class {index}" for index in range(classes)}
+    guesses = torch.randint(classes, (300,), generator=generator)
+    right = torch.rand(300, generator=generator) < 0.8
+    found = torch.where(right, labels, guesses)
+    good = head_accuracy(found, found, match_labels(labels, names), classes)
+    assert good.original == pytest.approx((found == labels).double().mean().item())
+    bad = head_accuracy(guesses, guesses, match_labels(labels, names), classes)
+    assert bad.original is None and f"guessing among {classes} classes" in bad.reason
+    # three right answers of three prove nothing where one in two is right by chance
+    if classes == 2:
+        assert head_accuracy(labels[:3], labels[:3], match_labels(labels[:3], names), 2).original is None
+
+
+def test_the_probability_of_guessing_is_that_of_the_binomial_distribution():
+    def exact(hits: int, images: int, classes: int) -> float:
+        chance = 1 / classes
+        return sum(math.comb(images, k) * chance**k * (1 - chance) ** (images - k) for k in range(hits, images + 1))
+
+    for hits, images, classes in [(0, 7, 3), (5, 20, 4), (7, 7, 2), (3, 50, 1000)]:
+        assert guessing_probability(hits, images, classes) == pytest.approx(exact(hits, images, classes), rel=1e-9)
+    assert guessing_probability(2000, 5000, 3) < 1e-15
+    assert guessing_probability(4, 9, 1) == 0

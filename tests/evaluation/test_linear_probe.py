@@ -95,3 +95,19 @@ def test_a_feature_that_never_changes_is_harmless():
 def test_bad_input_is_named(features, labels, message):
     with pytest.raises(InputError, match=message):
         fit_linear(features, labels, 0.1)
+
+
+def test_a_single_test_row_has_an_accuracy_without_an_interval():
+    train, labels = clusters(100)
+    result = evaluate_linear(train, labels, train[:1], labels[:1])
+    assert result.interval == (result.accuracy, result.accuracy)
+    assert result.accuracy == float(result.hits[0])
+
+
+def test_a_class_that_only_the_held_out_fifth_shows_is_no_error():
+    train, labels = clusters(10)
+    labels = torch.zeros_like(labels)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    labels[order[0]] = 1  # in the fifth that seed 0 holds out
+    result = evaluate_linear(train, labels, train, labels, seed=0)
+    assert result.predictions.tolist() == labels.tolist()

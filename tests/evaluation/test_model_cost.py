@@ -10,8 +10,9 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassi
 from hf_simprune.errors import InputError
 from hf_simprune.evaluation.model_cost import file_size, gains, macs, parameters, piece_costs
 from hf_simprune.evaluation.profile import BackboneSpec, backbone_macs
+from hf_simprune.models import SimPruneViTConfig, SimPruneViTModel
 from hf_simprune.models.vit.maps_simprune_vit import LowRankMap, MLPMap, ResMLPMap
-from hf_simprune.rba.adapters import adapter_for
+from hf_simprune.rba.adapters import adapter_for, module_forward
 from hf_simprune.rba.plan import Half, Span
 
 
@@ -152,3 +153,15 @@ def test_evaluation_does_not_import_what_builds_on_it():
     code = f"import sys\n{imports}print([name for name in sys.modules if name.startswith('hf_simprune.rba')])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_constant_halves_can_be_counted(pixels):
+    maps = {"1": {"kind": "block", "attention": "const", "mlp": "full"}}
+    torch.manual_seed(0)
+    replaced = SimPruneViTModel(SimPruneViTConfig(**SIZES, intermediate_size=HIDDEN, block_maps=maps)).eval()
+    plain = ViTModel(ViTConfig(**SIZES, intermediate_size=HIDDEN)).eval()
+    adapter = adapter_for(replaced)
+    counted = macs(lambda x: module_forward(adapter, x), pixels)
+    assert counted == macs(lambda x: module_forward(adapter_for(plain), x), pixels) - ATTENTION_MACS
+    assert piece_costs(adapter, pixels, rounds=1).total.macs == counted
+    assert all(parameter.requires_grad for parameter in replaced.parameters())

@@ -104,3 +104,36 @@ def test_limits_are_shares_or_amounts(text, expected):
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("compress*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_valid(recipe):
     validate_compression(COMPRESS_OPTIONS.parse(["--config", str(recipe), "--dataset", "data"]))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--eval_dataset_name_or_path", "data"],
+        ["--eval_dataset_name_or_path", "./data"],
+        ["--eval_split", "train[:20%]"],
+        ["--eval_split", "test+train"],
+        ["--calibration_split", "train[:80%]", "--eval_split", "train"],
+        ["--calibration_split", "train[:80%]", "--eval_split", "train[:80%]"],
+    ],
+    ids=" ".join,
+)
+def test_images_that_were_calibrated_on_are_not_evaluated_on(words, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is the calibration split too"):
+        compress("--remove_blocks", "1", *words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--eval_dataset_name_or_path", "other"],
+        ["--eval_split", "test"],
+        ["--eval_dataset_name_or_path", "data", "--eval_split", "test"],
+        ["--calibration_split", "train[:80%]", "--eval_split", "train[80%:]"],
+    ],
+    ids=" ".join,
+)
+def test_other_images_may_be_evaluated_on(words):
+    compress("--remove_blocks", "1", *words)

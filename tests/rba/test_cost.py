@@ -63,3 +63,17 @@ def test_the_cost_is_named_by_what_it_measures():
 def test_confident_logits_stay_finite():
     reference, output = torch.tensor([[300.0, 0.0]]), torch.tensor([[0.0, 300.0]])
     assert kl_logits(reference, output).item() == pytest.approx(300)
+
+
+def test_an_image_is_not_compared_with_itself():
+    reference, output = torch.randn(3, 6), torch.randn(3, 6)
+    others = torch.randn(4, 6)
+    bank = torch.cat([others[:2], reference[1:2], others[2:]])
+    cost = OutputCost(bank, (10, 11, 7, 12, 13))
+    found = cost(reference, output, (6, 7, 8))[0]
+    assert found[1].item() == pytest.approx(kl_similarity(reference, output, others)[1].item(), rel=1e-5)
+    for image in (0, 2):
+        assert found[image].item() == pytest.approx(kl_similarity(reference, output, bank)[image].item(), rel=1e-5)
+    # without row numbers, as for images of another data set, all of the bank counts
+    assert torch.equal(cost(reference, output), OutputCost(bank)(reference, output))
+    assert found[1] != cost(reference, output)[0, 1]

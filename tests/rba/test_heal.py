@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from hf_simprune.errors import InputError, TrainingError
+from hf_simprune.evaluation.features import build_image_processor
 from hf_simprune.rba.analysis import analyze
+from hf_simprune.rba.calibration import CalibrationSet, ImageReader
 from hf_simprune.rba.converter import convert
 from hf_simprune.rba.heal import heal, healed_parameters, position_after, random_crop
 from hf_simprune.rba.plan import CompressionPlan, Half, Span
@@ -148,3 +150,14 @@ def test_crops_have_the_size_asked_for_and_are_part_of_the_image():
         width = abs(columns[-1] - columns[0])
         assert 15 < width < 60  # 35 % of the area is at least 25 columns, less what interpolation trims
     assert 15 < mirrored < 45
+
+
+def test_images_have_the_size_that_the_processor_gives_them():
+    # as DINOv2, configured for 518 pixels and used at 224
+    student, teacher = pair("dinov2", FOLDS)
+    processor = build_image_processor(24, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    smaller = CalibrationSet(ImageReader(pictures(20), processor), IMAGES.split)
+    seen = []
+    student.embeddings.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[-2:])))
+    heal(student, teacher, smaller, 1, plan=FOLDS, batch_size=4, progress=False)
+    assert seen == [(24, 24)] and student.config.image_size != 24

@@ -9,7 +9,7 @@ from hf_simprune import InputError, models
 from hf_simprune.rba.adapters import adapter_for, module_forward
 from hf_simprune.rba.maps import AffineMap, ConstMap, FittedMaps, IdentityMap, LowRankMap
 from hf_simprune.rba.plan import CompressionPlan, Half, Span
-from hf_simprune.rba.replay import activations, replay, replay_output
+from hf_simprune.rba.replay import activations, check_plan, replay, replay_output
 
 from .conftest import DEPTH, IMAGE_SIZE, WIDTH, make_model
 
@@ -170,6 +170,12 @@ def test_replay_from_a_removed_position_is_refused(images):
     for start in (1, 2, 5):
         with pytest.raises(ValueError, match=f"start {start}"):
             replay(adapter, plan, random_maps(plan), h, context, start=start)
+
+
+def test_a_rank_above_the_width_is_refused(images):
+    plan = CompressionPlan(DEPTH, (Span(2, 3, "low_rank", WIDTH + 1),))
+    with pytest.raises(InputError, match=rf"low_rank of rank {WIDTH + 1} 2→3: 1 to {WIDTH} are accepted"):
+        check_plan(adapter_for(make_model("vit")), plan)
 
 
 def test_a_plan_for_another_depth_is_refused(images):

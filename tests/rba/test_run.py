@@ -252,6 +252,19 @@ class TestNothingHalfWritten:
         with pytest.raises(TrainingError, match="loads as ViTForImageClassification, not as ViTModel"):
             saving.check_reload(model.vit, checkpoint, torch.zeros(1, 3, 16, 16))
 
+    def test_one_changed_bit_and_one_changed_setting_are_noticed(self, tmp_path, checkpoint):
+        model = AutoModelForImageClassification.from_pretrained(checkpoint)
+        pixels = torch.randn(1, 3, 16, 16)
+        saving.check_reload(model, checkpoint, pixels)  # where the bytes of a file lie must not matter
+        with torch.no_grad():
+            bias = model.vit.layers[2].mlp.fc1.bias
+            bias[0] = torch.nextafter(bias[0], torch.tensor(1.0))
+        with pytest.raises(TrainingError, match="for example vit.layers.2.mlp.fc1.bias"):
+            saving.check_reload(model, checkpoint, pixels)
+        model = AutoModelForImageClassification.from_pretrained(checkpoint, layer_norm_eps=0.1)
+        with pytest.raises(TrainingError, match="computes something else"):
+            saving.check_reload(model, checkpoint, pixels)
+
     def test_ctrl_c_leaves_nothing(self, images, checkpoint, tmp_path, monkeypatch, capsys):
         def interrupted(*args, **kwargs):
             assert any(path.name.startswith(".out-") for path in tmp_path.iterdir())
@@ -304,3 +317,26 @@ def test_a_process_of_its_own_on_two_ranks(images, checkpoint, tmp_path):
     one, two = (json.loads((tmp_path / name / "compression.json").read_text()) for name in ("one", "two"))
     assert one["plan"] == two["plan"]
     assert one["selection_cost"] == pytest.approx(two["selection_cost"], rel=1e-6)
+
+
+def test_trained_maps_on_several_processes_are_refused_before_the_work(
+    images, checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(run.Accelerator, "num_processes", property(lambda self: 2))
+    monkeypatch.setattr(run, "analyze", None)  # is not reached
+    words = ["compress", checkpoint, "--dataset", images, "--remove-blocks", "1", "--map", "fold", "mlp"]
+    assert main([*words, "--output", str(tmp_path / "out"), *SPEED]) == 2
+    assert "--map mlp: maps are trained by one process" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_evaluation_set_is_named_by_its_own_option(images, checkpoint, tmp_path, capsys):
+    words = ["compress", checkpoint, "--dataset", images, "--remove-blocks", "1", "--output", str(tmp_path / "out")]
+    assert main([*words, "--eval_dataset_name_or_path", str(tmp_path / "gone.parquet"), *SPEED]) == 2
+    assert "--eval_dataset_name_or_path" in capsys.readouterr().err
+
+
+def test_a_single_evaluation_image_is_enough(images, checkpoint, tmp_path, capsys):
+    words = ["compress", checkpoint, "--dataset", images, "--remove-blocks", "1", "--output", str(tmp_path / "out")]
+    assert main([*words, "--max_eval_samples", "1", *SPEED]) == 0
+    assert "On 1 evaluation images" in capsys.readouterr().out

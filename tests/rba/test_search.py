@@ -7,9 +7,10 @@ import torch
 
 from hf_simprune.errors import InputError
 from hf_simprune.rba import search
+from hf_simprune.rba.adapters import module_forward
 from hf_simprune.rba.analysis import Analysis, analyze
 from hf_simprune.rba.choice import measure_choice, network_pieces, refit_choice
-from hf_simprune.rba.cost import kl_logits
+from hf_simprune.rba.cost import kl_logits, kl_similarity
 from hf_simprune.rba.maps import ConstMap, ModuleMap, fit_all
 from hf_simprune.rba.plan import CompressionPlan, Half, Span
 from hf_simprune.rba.planner import Budget, contiguous_plans
@@ -18,7 +19,7 @@ from hf_simprune.rba.search import choose, plan_candidates
 from hf_simprune.rba.stock_conversion import convert_to_stock
 
 from .conftest import DEPTH, make_model
-from .image_sets import calibration, quiet_model
+from .image_sets import calibration, pictures, quiet_model
 
 
 def analysis_of(kind: str = "vit-classifier", **options) -> Analysis:
@@ -264,3 +265,39 @@ def test_headless_networks_are_searched_by_their_features(kind):
     assert analysis.report.cost_name.startswith("KL of the similarities")
     found = choose(analysis, Budget("blocks", 2))
     assert len(found.plan.removed_blocks) == 2 and found.cost >= 0 and found.measured.relative_error > 0
+
+
+@torch.no_grad()
+def test_without_a_classifier_finalists_are_not_compared_with_themselves():
+    analysis = analyze(make_model("dinov2"), calibration(14, 9), progress=False, chunk_size=4, max_span=2)
+    found = choose(analysis, Budget("blocks", 2), kinds=("fold",))
+    row, images, cost = found.measured, analysis.images, analysis.bench.cost
+    assert cost.bank_rows == images.fit  # few enough that every image to fit on is in the bank
+    total = row.cost * len(images.select)
+    for parity in (0, 1):
+        maps = fit_all(row.plan.items, analysis.moments.subset(1 - parity))
+        for index in (i for i in images.fit if i % 2 == parity):
+            [chunk] = images.chunks([index], 1)
+            before = module_forward(analysis.adapter, chunk.pixel_values)
+            after = replay_output(analysis.adapter, row.plan, maps, chunk.pixel_values)
+            others = cost.bank[[other != index for other in cost.bank_rows]]
+            total += kl_similarity(before, after, others).item()
+    assert row.pooled_cost == pytest.approx(total / (len(images.select) + len(images.fit)), rel=1e-3)
+
+
+@torch.no_grad()
+def test_finalists_are_measured_on_the_images_that_can_be_read():
+    images = pictures(23)
+    readable = [b"no image" if index in (0, 2, 4, 6, 8, 15) else image for index, image in enumerate(images)]
+    model = quiet_model(make_model("vit-classifier"))
+    analysis = analyze(model, calibration(14, 9, images=readable), progress=False, chunk_size=4, max_span=2)
+    measured = choose(analysis, Budget("blocks", 1), kinds=("fold",)).measured
+    # five of the seven even images are missing: that is no reason to stop, nor do they count
+    total = measured.cost * 8
+    for parity, rows in ((0, [10, 12]), (1, [1, 3, 5, 7, 9, 11, 13])):
+        maps = fit_all(measured.plan.items, analysis.moments.subset(1 - parity))
+        [chunk] = analysis.images.chunks(rows, 100)
+        before = model(chunk.pixel_values).logits
+        after = replay_output(analysis.adapter, measured.plan, maps, chunk.pixel_values)
+        total += kl_logits(before, after).sum().item()
+    assert measured.pooled_cost == pytest.approx(total / 17, rel=1e-3)
