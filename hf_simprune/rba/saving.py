@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedModel, SiglipModel
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
 
 from ..errors import TrainingError
 from ..models.sharing import save_with_code
 from .adapters import adapter_for, module_forward
 from .checkpoint import loader_of
 
+
+logger = logging.get_logger(__name__)
 
 _WITH_TEXT = (CLIPModel, SiglipModel)
 _ROUNDINGS = 100  # of the largest output, that two runs of the same weights may differ by
@@ -35,8 +38,9 @@ def save_model(
     if isinstance(model, _WITH_TEXT):
         try:
             AutoTokenizer.from_pretrained(source, token=token).save_pretrained(folder)
-        except (OSError, ValueError):
-            pass  # a checkpoint without its tokenizer stays one
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            logger.warning(f"no tokenizer is saved beside the text tower, as none can be read from {source}: {reason}")
 
 
 @torch.no_grad()
