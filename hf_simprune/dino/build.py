@@ -110,7 +110,7 @@ def build_dual_branch(args: DinoArguments, settings: ResolvedSettings, attention
     if args.torch_compile:
         for branch in branches:
             branch.backbone.compile_blocks()
-    reducer = build_reducer(args.token_reduction, args.keep_rate, args.matching)
+    reducer = build_reducer(args.token_reduction, args.keep_rate)
     return DualBranch(student, teacher, reducer, settings.reduction_layers)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..models.deit import SimPruneDeiTModel
 from ..models.vit import SimPruneViTModel
-from ..reduction.base import TokenReducer, gather_tokens
+from ..reduction.base import TokenReducer
+from ..reduction.token_maps import gather_tokens
 
 
 class Branch(nn.Module):
@@ -125,7 +126,7 @@ class DualBranch(nn.Module):
         for index, layer in enumerate(net.layers):
             if index in self.reduction_layers:
                 attended = after_attention(layer, tokens, index == last)
-                keep = self.reducer.local(attended[:, prefix:].detach(), seen[len(kept)], progress)
+                keep = self.reducer.local(attended[:, prefix:].detach(), seen[len(kept)], progress).indices
                 kept.append(keep)
                 if index < last:
                     tokens = layer(gather_tokens(attended, keep, prefix), half="mlp")

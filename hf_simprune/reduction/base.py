@@ -1,50 +1,152 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a token reducer needs and what it returns: patch tokens in, indices of the kept ones out.
+"""What a token reducer needs and what it returns.
 
-Shapes: B images; two global views stacked view-major, (2B, N, D); L local crops stacked crop-major, (L*B, n, D).
-N, n count patch tokens only: prefix tokens ([CLS], distillation) are never matched and never dropped.
+Shapes: B images; two global views stacked view-major, (2B, N, D); L local crops stacked crop-major, (L*B, n, D); R is
+any number of rows. N, n count patch tokens only: prefix tokens ([CLS], distillation) are never matched, merged or
+dropped.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
+from .token_maps import TokenMap
 
 
-class PairSelection(NamedTuple):
-    """Kept patch indices of both branches, int64 of shape (2B, K), ascending in every row."""
+@dataclass(frozen=True)
+class ReductionSetting:
+    """The network and the crops that a reducer is built for.
 
-    student: Tensor
-    teacher: Tensor
+    layers: 0-based blocks at which tokens leave, ascending; a method with a schedule of its own may use others.
+    grids: patches (rows, columns) of every crop size that will come, the global one first; empty where unknown.
+    """
+
+    layers: tuple[int, ...] = ()
+    depth: int = 12
+    hidden_size: int = 384
+    num_heads: int = 6
+    num_prefix: int = 1
+    grids: tuple[tuple[int, int], ...] = ()
 
 
 class TokenReducer(ABC):
-    """Chooses which patch tokens stay. Subclasses return indices, always the same number in every row."""
+    """Makes patch tokens fewer, always to the same number in every row.
 
-    name: str
+    Its options are the keyword-only arguments of `__init__`, of type bool, int, float or str.
+    """
 
-    def __init__(self, keep_rate: float) -> None:
+    name: ClassVar[str]
+
+    def __init__(self, keep_rate: float, setting: ReductionSetting = ReductionSetting()) -> None:
         """Raises InputError when `keep_rate` is not in (0, 1]."""
         validate_keep_rate(keep_rate)
         self.keep_rate = float(keep_rate)
+        self.setting = setting
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """0-based blocks at which tokens leave, ascending; `stage` counts them from 0."""
+        return self.setting.layers
+
+    def counts(self, grid: tuple[int, int]) -> list[int]:
+        """Patch tokens of a crop of `grid` patches before the first stage and after every stage."""
+        return token_counts(grid[0] * grid[1], self.keep_rate, len(self.layers))
+
+    def overhead_macs(self, stage: int, num_patches: int) -> int:
+        """MACs that the method itself adds in one row at a stage which `num_patches` patch tokens enter."""
+        return 0
+
+    def build_learned(self) -> nn.Module | None:
+        """The method's own parameters for one branch, None where nothing is learned."""
+        return None
+
+
+class BranchReducer(TokenReducer):
+    """Reduces every branch by itself, from what that branch alone shows. Also works at inference.
+
+    needs: what `decide` is told of the attention of the block: "nothing"; "cls_attention", the attention of CLS to
+    every patch token, averaged over heads, (R, n) fp32; or "keys", the keys averaged over heads, (R, n, head width)
+    fp32. At the site "attention" it is always the whole map, (R, prefix + n, prefix + n) fp32, averaged over heads.
+    site: where in the block tokens change: "attention" (inside it, between the attention map and the values; residual
+    and values are pooled), "middle" (between attention and MLP) or "after" (behind the block).
+    weighs_sizes: attention of all later blocks counts a merged token as often as it has patches (proportional
+    attention of ToMe).
+    restore_after: block behind which all patch tokens are there again, None for never.
+    learns: `decide` has gradients, and is computed again where activations are.
+    """
+
+    needs: ClassVar[str] = "nothing"
+    site: ClassVar[str] = "middle"
+    learns: ClassVar[bool] = False
+    weighs_sizes: bool = False
+    restore_after: int | None = None
 
     @abstractmethod
-    def pair(self, student: Tensor, teacher: Tensor, progress: Tensor) -> PairSelection:
+    def decide(self, seen: "Seen") -> TokenMap:
+        """What becomes of the patch tokens. Called without gradients, unless the method learns."""
+
+
+class Seen(NamedTuple):
+    """What a single-branch reducer decides from.
+
+    patches: (R, n, D) patch tokens at the site. attention: as `needs` says. sizes: (R, n) patches that each token
+    stands for, None for one each. grid: (rows, columns) of `patches`, None where they form none.
+    stage: which of the reducer's stages this is. prefix: number of prefix tokens.
+    learned: the branch's own module from `build_learned`.
+    """
+
+    patches: Tensor
+    attention: Tensor | None
+    sizes: Tensor | None
+    grid: tuple[int, int] | None
+    stage: int
+    prefix: int
+    learned: nn.Module | None
+
+
+class Selection(NamedTuple):
+    """Kept patch indices, int64 (R, K), ascending in every row; factors (R, K) on the kept tokens, None for 1."""
+
+    indices: Tensor
+    factors: Tensor | None = None
+
+
+class PairSelection(NamedTuple):
+    """Kept patch indices of both branches, int64 of shape (2B, K), ascending in every row.
+
+    factors: (2B, K), what the student's kept tokens are multiplied by, None for 1.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    factors: Tensor | None = None
+
+
+class PairReducer(TokenReducer):
+    """Chooses which patch tokens stay from the tokens of both branches, between attention and MLP."""
+
+    @abstractmethod
+    def pair(
+        self, student: Tensor, teacher: Tensor, progress: Tensor, stage: int = 0, learned: nn.Module | None = None
+    ) -> PairSelection:
         """Select the global views' tokens in both branches.
 
         `student`, `teacher`: patch tokens (2B, N, D) at the same depth, in the same row order. Student view a is
         paired with teacher view b of the same image; the returned teacher indices refer to the teacher's own rows.
-        `progress`: 0-dim tensor in [0, 1], see `curriculum.window_progress`.
+        `progress`: 0-dim tensor in [0, 1], see `curriculum.window_progress`. `learned`: the student's module.
         """
 
     @abstractmethod
-    def local(self, local: Tensor, teacher: Tensor, progress: Tensor) -> Tensor:
-        """Select the local crops' tokens: int64 (L*B, k), ascending in every row.
+    def local(
+        self, local: Tensor, teacher: Tensor, progress: Tensor, stage: int = 0, learned: nn.Module | None = None
+    ) -> Selection:
+        """Select the local crops' tokens.
 
         `local`: student patch tokens (L*B, n, D). `teacher`: the global views' patch tokens (2B, N, D) at the same
         depth, before their own reduction there.
@@ -86,19 +188,6 @@ def token_counts(num_patches: int, keep_rate: float, num_stages: int) -> list[in
     for _ in range(num_stages):
         counts.append(keep_count(counts[-1], keep_rate))
     return counts
-
-
-def gather_tokens(tokens: Tensor, keep: Tensor, num_prefix: int) -> Tensor:
-    """Keep the prefix and the chosen patch tokens: (P, prefix + N, D) and indices (P, K) -> (P, prefix + K, D).
-
-    `keep` counts patches from 0, without the prefix. Gradients flow to the kept tokens only.
-    """
-    rows, length, width = tokens.shape
-    prefix = torch.arange(num_prefix, device=keep.device).expand(rows, num_prefix)
-    index = torch.cat([prefix, keep + num_prefix], dim=1)
-    # Whole rows of a flat table: both directions copy contiguous memory, several times faster than torch.gather.
-    index = index + torch.arange(rows, device=keep.device).unsqueeze(1) * length
-    return tokens.reshape(rows * length, width).index_select(0, index.reshape(-1)).reshape(rows, -1, width)
 
 
 def all_indices(tokens: Tensor) -> Tensor:

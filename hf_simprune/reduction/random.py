@@ -2,12 +2,12 @@
 """The control: as many tokens as SimPrune, chosen by chance."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .base import PairSelection, TokenReducer, all_indices, keep_count
+from .base import PairReducer, PairSelection, Selection, all_indices, keep_count
 
 
-class RandomReducer(TokenReducer):
+class RandomReducer(PairReducer):
     """An independent, uniformly random subset in every row of both branches.
 
     Draws come from torch's default generator of the tokens' device. At keep rate 1 nothing is drawn.
@@ -15,11 +15,15 @@ class RandomReducer(TokenReducer):
 
     name = "random"
 
-    def pair(self, student: Tensor, teacher: Tensor, progress: Tensor) -> PairSelection:
+    def pair(
+        self, student: Tensor, teacher: Tensor, progress: Tensor, stage: int = 0, learned: nn.Module | None = None
+    ) -> PairSelection:
         return PairSelection(self._subset(student), self._subset(teacher))
 
-    def local(self, local: Tensor, teacher: Tensor, progress: Tensor) -> Tensor:
-        return self._subset(local)
+    def local(
+        self, local: Tensor, teacher: Tensor, progress: Tensor, stage: int = 0, learned: nn.Module | None = None
+    ) -> Selection:
+        return Selection(self._subset(local))
 
     def _subset(self, tokens: Tensor) -> Tensor:
         rows, count, _ = tokens.shape

@@ -7,18 +7,18 @@ here resolves it to exactly K tokens in every row.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from .base import PairSelection, TokenReducer, all_indices, keep_count
+from .base import PairReducer, PairSelection, ReductionSetting, Selection, all_indices, keep_count
 from .curriculum import window_offset
 
 
 MATCHINGS = ("one_way", "symmetric")
 
 
-class SimPruneReducer(TokenReducer):
+class SimPruneReducer(PairReducer):
     """Cross-branch matching in a sliding window of similarity ranks.
 
     matching="one_way" (the paper): the student prunes the tokens outside its window and the teacher first prunes their
@@ -27,14 +27,18 @@ class SimPruneReducer(TokenReducer):
 
     name = "simprune"
 
-    def __init__(self, keep_rate: float, matching: str = "one_way") -> None:
+    def __init__(
+        self, keep_rate: float, setting: ReductionSetting = ReductionSetting(), *, matching: str = "one_way"
+    ) -> None:
         """Raises InputError for a keep rate outside (0, 1] or an unknown matching."""
-        super().__init__(keep_rate)
+        super().__init__(keep_rate, setting)
         validate_matching(matching)
         self.matching = matching
 
     @torch.no_grad()
-    def pair(self, student: Tensor, teacher: Tensor, progress: Tensor) -> PairSelection:
+    def pair(
+        self, student: Tensor, teacher: Tensor, progress: Tensor, stage: int = 0, learned: nn.Module | None = None
+    ) -> PairSelection:
         count = student.shape[1]
         keep = keep_count(count, self.keep_rate)
         if keep == count:
@@ -47,12 +51,15 @@ class SimPruneReducer(TokenReducer):
         return PairSelection(student_keep, teacher_keep.roll(images, 0))
 
     @torch.no_grad()
-    def local(self, local: Tensor, teacher: Tensor, progress: Tensor) -> Tensor:
+    def local(
+        self, local: Tensor, teacher: Tensor, progress: Tensor, stage: int = 0, learned: nn.Module | None = None
+    ) -> Selection:
         count = local.shape[1]
         keep = keep_count(count, self.keep_rate)
         if keep == count:
-            return all_indices(local)
-        return select_window(local_scores(local, teacher), keep, window_offset(progress, count, keep))
+            return Selection(all_indices(local))
+        scores = local_scores(local, teacher)
+        return Selection(select_window(scores, keep, window_offset(progress, count, keep)))
 
 
 def validate_matching(matching: str) -> None:

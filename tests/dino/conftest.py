@@ -32,7 +32,7 @@ def tiny_dual(
         tiny_branch(architecture, drop_path_rate=changes.get("drop_path_rate", 0.0)),
         tiny_branch(architecture),
     )
-    reducer = build_reducer(reduction, keep_rate, "one_way")
+    reducer = build_reducer(reduction, keep_rate)
     return DualBranch(student, teacher, reducer, tuple(layers)).to(dtype)
 
 

@@ -81,9 +81,9 @@ def test_keeping_everything_gathers_the_same_tokens():
 
 
 def test_reducers_are_built_by_name():
-    assert build_reducer("none", 0.7, "one_way") is None
-    assert isinstance(build_reducer("random", 0.7, "one_way"), RandomReducer)
-    reducer = build_reducer("simprune", 0.7, "symmetric")
+    assert build_reducer("none", 0.7) is None
+    assert isinstance(build_reducer("random", 0.7), RandomReducer)
+    reducer = build_reducer("simprune", 0.7, options={"matching": "symmetric"})
     assert isinstance(reducer, SimPruneReducer)
     assert (reducer.name, reducer.keep_rate, reducer.matching) == ("simprune", 0.7, "symmetric")
 
@@ -97,11 +97,11 @@ def test_a_keep_rate_outside_its_range_is_refused(keep_rate):
 
 def test_unknown_names_are_refused_and_the_known_ones_listed():
     with pytest.raises(InputError, match="token_reduction 'evitt'.*none, random, simprune"):
-        build_reducer("evitt", 0.7, "one_way")
+        build_reducer("evitt", 0.7)
     with pytest.raises(InputError, match="matching 'hungarian'.*one_way, symmetric"):
-        build_reducer("random", 0.7, "hungarian")
+        build_reducer("simprune", 0.7, options={"matching": "hungarian"})
     with pytest.raises(InputError, match="matching 'both'.*one_way, symmetric"):
-        SimPruneReducer(0.7, "both")
+        SimPruneReducer(0.7, matching="both")
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def views(images, count, width, seed, **kwargs):
 def test_pairs_equal_the_loop_reference(matching, progress, count, keep_rate):
     images = 3
     student, teacher = views(images, count, 6, seed=count)
-    selection = SimPruneReducer(keep_rate, matching).pair(student, teacher, torch.tensor(progress))
+    selection = SimPruneReducer(keep_rate, matching=matching).pair(student, teacher, torch.tensor(progress))
     keep = math.ceil(keep_rate * count - 1e-9)
     offset = round(progress * (count - keep))
     for row in range(2 * images):
@@ -86,7 +86,7 @@ def test_ties_are_settled_like_the_loop_reference(matching, progress, kinds):
     images, count, keep = 4, 15, 9
     generator = torch.Generator().manual_seed(kinds)
     student, teacher = (torch.eye(8)[torch.randint(kinds, (2 * images, count), generator=generator)] for _ in "ab")
-    selection = SimPruneReducer(keep / count, matching).pair(student, teacher, torch.tensor(progress))
+    selection = SimPruneReducer(keep / count, matching=matching).pair(student, teacher, torch.tensor(progress))
     offset = round(progress * (count - keep))
     for row in range(2 * images):
         partner = (row + images) % (2 * images)
@@ -112,7 +112,7 @@ def test_local_crops_equal_the_loop_reference(progress):
     images, crops, count, patches, keep = 3, 4, 9, 16, 7
     _, teacher = views(images, patches, 5, seed=1)
     local = torch.randn(crops * images, count, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    kept = SimPruneReducer(keep / count).local(local, teacher, torch.tensor(progress))
+    kept = SimPruneReducer(keep / count).local(local, teacher, torch.tensor(progress)).indices
     assert kept.shape == (crops * images, keep)
     for row in range(crops * images):
         image = row % images
@@ -125,10 +125,10 @@ def test_both_branches_keep_exactly_k_distinct_tokens(matching):
     for count in (1, 2, 5, 36, 49, 100):
         for keep_rate in (0.01, 0.3, 0.55, 0.7, 0.8, 0.999, 1.0):
             student, teacher = views(1, count, 4, seed=count, dtype=torch.float32)
-            reducer = SimPruneReducer(keep_rate, matching)
+            reducer = SimPruneReducer(keep_rate, matching=matching)
             kept = [
-                *reducer.pair(student, teacher, torch.tensor(0.6)),
-                reducer.local(student, teacher, torch.tensor(0.6)),
+                *reducer.pair(student, teacher, torch.tensor(0.6))[:2],
+                reducer.local(student, teacher, torch.tensor(0.6)).indices,
             ]
             for indices in kept:
                 assert indices.dtype == torch.int64
@@ -163,10 +163,10 @@ def test_the_window_moves_from_pruning_dissimilar_to_pruning_similar_tokens():
 def test_keep_rate_one_keeps_every_token_in_order():
     student, teacher = views(2, 9, 4, seed=0)
     for matching in ("one_way", "symmetric"):
-        reducer = SimPruneReducer(1.0, matching)
+        reducer = SimPruneReducer(1.0, matching=matching)
         for kept in (
-            *reducer.pair(student, teacher, torch.tensor(0.5)),
-            reducer.local(student, teacher, torch.tensor(0.5)),
+            *reducer.pair(student, teacher, torch.tensor(0.5))[:2],
+            reducer.local(student, teacher, torch.tensor(0.5)).indices,
         ):
             assert torch.equal(kept, torch.arange(9).expand(4, 9))
 
@@ -177,25 +177,25 @@ def test_selection_follows_a_permutation_of_the_tokens(matching):
     student, teacher = views(images, count, 12, seed=8)
     generator = torch.Generator().manual_seed(9)
     shuffle_student, shuffle_teacher = (torch.randperm(count, generator=generator) for _ in "ab")
-    reducer, progress = SimPruneReducer(0.6, matching), torch.tensor(0.4)
+    reducer, progress = SimPruneReducer(0.6, matching=matching), torch.tensor(0.4)
     plain = reducer.pair(student, teacher, progress)
     shuffled = reducer.pair(student[:, shuffle_student], teacher[:, shuffle_teacher], progress)
     assert torch.equal(shuffle_student[shuffled.student].sort(1).values, plain.student)
     assert torch.equal(shuffle_teacher[shuffled.teacher].sort(1).values, plain.teacher)
-    local = reducer.local(student, teacher, progress)
+    local = reducer.local(student, teacher, progress).indices
     assert torch.equal(
-        shuffle_student[reducer.local(student[:, shuffle_student], teacher, progress)].sort(1).values, local
+        shuffle_student[reducer.local(student[:, shuffle_student], teacher, progress).indices].sort(1).values, local
     )
 
 
 @pytest.mark.parametrize("matching", ["one_way", "symmetric"])
 def test_bf16_autocast_changes_no_index(matching):
     student, teacher = views(4, 64, 32, seed=11, dtype=torch.float32)
-    reducer, progress = SimPruneReducer(0.7, matching), torch.tensor(0.5)
-    plain = (*reducer.pair(student, teacher, progress), reducer.local(student, teacher, progress))
+    reducer, progress = SimPruneReducer(0.7, matching=matching), torch.tensor(0.5)
+    plain = (*reducer.pair(student, teacher, progress)[:2], reducer.local(student, teacher, progress).indices)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (student[0] @ teacher[0].T).dtype == torch.bfloat16
-        mixed = (*reducer.pair(student, teacher, progress), reducer.local(student, teacher, progress))
+        mixed = (*reducer.pair(student, teacher, progress)[:2], reducer.local(student, teacher, progress).indices)
     for a, b in zip(plain, mixed, strict=True):
         assert torch.equal(a, b)
 
@@ -219,8 +219,8 @@ def test_short_types_select_as_their_values_in_fp32():
         student, teacher = views(3, 49, 16, seed=13, dtype=dtype)
         reducer, progress = SimPruneReducer(0.7), torch.tensor(0.3)
         for a, b in zip(
-            reducer.pair(student, teacher, progress),
-            reducer.pair(student.float(), teacher.float(), progress),
+            reducer.pair(student, teacher, progress)[:2],
+            reducer.pair(student.float(), teacher.float(), progress)[:2],
             strict=True,
         ):
             assert torch.equal(a, b)
@@ -233,7 +233,7 @@ def test_zero_and_non_finite_tokens_still_give_k_valid_indices():
     for bad in (0.0, float("nan"), float("inf")):
         student[0] = bad
         for matching in ("one_way", "symmetric"):
-            for kept in SimPruneReducer(0.6, matching).pair(student, teacher, torch.tensor(0.5)):
+            for kept in SimPruneReducer(0.6, matching=matching).pair(student, teacher, torch.tensor(0.5))[:2]:
                 assert kept.shape == (4, 6)
                 assert (kept.diff(dim=1) > 0).all() and kept.min() >= 0 and kept.max() < 10
 
@@ -245,7 +245,10 @@ def test_selection_records_no_gradient_and_leaves_its_inputs_alone():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         reducer = SimPruneReducer(0.5)
-        kept = (*reducer.pair(student, teacher, torch.tensor(0.5)), reducer.local(student, teacher, torch.tensor(0.5)))
+        kept = (
+            *reducer.pair(student, teacher, torch.tensor(0.5))[:2],
+            reducer.local(student, teacher, torch.tensor(0.5)).indices,
+        )
     assert not saved and not any(indices.requires_grad for indices in kept)
     assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
 
@@ -253,15 +256,15 @@ def test_selection_records_no_gradient_and_leaves_its_inputs_alone():
 @pytest.mark.parametrize("matching", ["one_way", "symmetric"])
 def test_a_moving_window_compiles_once_without_graph_breaks(matching):
     student, teacher = views(2, 16, 8, seed=16, dtype=torch.float32)
-    reducer = SimPruneReducer(0.7, matching)
+    reducer = SimPruneReducer(0.7, matching=matching)
     counter = CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda s, t, p: (*reducer.pair(s, t, p), reducer.local(s, t, p)), backend=counter, fullgraph=True
+        lambda s, t, p: (*reducer.pair(s, t, p)[:2], reducer.local(s, t, p).indices), backend=counter, fullgraph=True
     )
     for progress in (0.0, 0.25, 0.5, 1.0):
         p = torch.tensor(progress)
-        eager = (*reducer.pair(student, teacher, p), reducer.local(student, teacher, p))
+        eager = (*reducer.pair(student, teacher, p)[:2], reducer.local(student, teacher, p).indices)
         for a, b in zip(compiled(student, teacher, p), eager, strict=True):
             assert torch.equal(a, b)
     assert counter.frame_count == 1
