@@ -51,9 +51,11 @@ def png(seed: int, size: int = 16, mode: str = "RGB") -> bytes:
     return buffer.getvalue()
 
 
-def write_images(path: Path, count: int = NUM_IMAGES, broken: Sequence[int] = (), **columns: list) -> str:
-    """A parquet file of `png(0)` to `png(count - 1)` with labels, some of the pictures broken."""
-    images = [{"bytes": b"no picture" if i in broken else png(i), "path": None} for i in range(count)]
+def write_images(
+    path: Path, count: int = NUM_IMAGES, broken: Sequence[int] = (), first: int = 0, **columns: list
+) -> str:
+    """A parquet file of `count` pictures from `png(first)` on, with labels, some of the pictures broken."""
+    images = [{"bytes": b"no picture" if i in broken else png(first + i), "path": None} for i in range(count)]
     pq.write_table(pa.table({"image": images, "label": [i % 4 for i in range(count)], **columns}), path)
     return str(path)
 

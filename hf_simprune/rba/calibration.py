@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which images an analysis reads, and reading them in chunks that are the same for any number of processes."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -112,6 +113,14 @@ class ImageReader:
         if isinstance(cell, (np.ndarray, Tensor)):
             return np.asarray(cell)
         return decode_image(encoded_bytes(cell)).numpy()
+
+    def digest(self, index: int) -> bytes | None:
+        """A hash of one row's stored bytes, None where there are none to read. For rows of a data set."""
+        try:
+            encoded = encoded_bytes(self._rows[index][self._column])
+        except DECODING_ERRORS:
+            return None
+        return hashlib.blake2b(encoded, digest_size=16).digest()
 
     def prepare(self, images: Sequence[np.ndarray], **options: Any) -> Tensor:
         """(B, C, H, W) fp32 of uint8 (H, W, 3) arrays; `options` override the processor's own."""

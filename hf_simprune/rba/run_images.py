@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The images of a run: to calibrate on, and held out from that to evaluate on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,14 +70,43 @@ def open_images(args: AnalyzeArguments | CompressArguments, processor: BaseImage
         reader = ImageReader(evaluation_rows, processor, args.image_column)
         chosen = torch.randperm(len(evaluation_rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
         where = f"of {split}" if args.eval_dataset_name_or_path is None else "of another data set"
-    chosen = chosen[: args.max_eval_samples or EVALUATION_IMAGES]
+    most = args.max_eval_samples or EVALUATION_IMAGES
     training = (*calibration.fit, *calibration.select)
+    if not own_split:
+        chosen = chosen[:most]
+    else:
+        chosen, shared = without_shared(calibration.reader, training, reader, chosen, most)
+        if not chosen:
+            raise InputError(
+                f"--eval_split {args.eval_split or 'train'}: all {shared} images of it are calibration images too; "
+                "name a split that shares none with --calibration_split"
+            )
+        where += f", without {shared} that are calibration images too" if shared else ""
     return RunImages(
         calibration,
         _labelled(calibration.reader, rows, training, args.label_column),
         _labelled(reader, evaluation_rows, tuple(chosen), args.label_column),
         f"{len(chosen)} images {where}",
     )
+
+
+def without_shared(
+    calibration: ImageReader, used: Sequence[int], evaluation: ImageReader, rows: Sequence[int], most: int
+) -> tuple[list[int], int]:
+    """The first `most` of `rows` of `evaluation` that no row `used` of `calibration` holds too, byte by byte.
+
+    Also how many were left out before that many were found.
+    """
+    known = {calibration.digest(row) for row in used} - {None}
+    kept, shared = [], 0
+    for row in rows:
+        if len(kept) == most:
+            break
+        if evaluation.digest(row) in known:
+            shared += 1
+        else:
+            kept.append(row)
+    return kept, shared
 
 
 def _labelled(reader: ImageReader, rows: Dataset, chosen: tuple[int, ...], label_column: str | None) -> LabelledRows:

@@ -187,11 +187,22 @@ class TestMethods:
         assert "by block redundancy" in (tmp_path / "out" / "README.md").read_text()
 
     def test_an_evaluation_set_of_its_own(self, images, checkpoint, tmp_path):
-        other = write_images(tmp_path / "other.parquet", 12)
+        other = write_images(tmp_path / "other.parquet", 12, first=IMAGES)
         words = ["--remove-blocks", "1", "--eval_dataset_name_or_path", other, "--max_eval_samples", "7"]
         record = compress(checkpoint, images, tmp_path / "out", *words)
         assert record["training_free"]["images"] == 7
         assert len(record["data"]["indices"]["fit"]) + len(record["data"]["indices"]["selection"]) == IMAGES
+
+    def test_images_of_the_calibration_split_are_not_evaluated_on(self, images, checkpoint, tmp_path, capsys):
+        words = ["--remove-blocks", "1", "--calibration_split", "train[:40]", "--eval_split", "train[30:45]"]
+        record = compress(checkpoint, images, tmp_path / "out", *words)
+        assert record["training_free"]["images"] == 5
+        assert sorted(record["data"]["evaluation_indices"]) == [10, 11, 12, 13, 14]  # rows 40 to 44 of the set
+        assert "without 10 that are calibration images too" in record["data"]["evaluated_on"]
+        words = ["compress", str(checkpoint), "--dataset", images, "--remove-blocks", "1", *SPEED]
+        splits = ["--calibration_split", "train[:40]", "--eval_split", "train[10:20]"]
+        assert main([*words, *splits, "--output", str(tmp_path / "refused")]) == 2
+        assert "--eval_split train[10:20]: all 10 images" in capsys.readouterr().err
 
     def test_a_text_tower_stays(self, images, tmp_path):
         source = save_checkpoint(tmp_path / "clip", clip())
