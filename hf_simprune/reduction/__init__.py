@@ -16,10 +16,17 @@ from .base import (
     validate_reduction_layers,
 )
 from .curriculum import CURRICULA, validate_curriculum, window_offset, window_progress
+from .evit import EViTReducer
+from .expedit import ExpeditReducer
+from .mctf import MCTFReducer
 from .methods import METHODS, REDUCTIONS, build_reducer, check_reduction, method_options, parse_options
+from .patch_slimming import PatchSlimmingReducer
 from .random import RandomReducer
+from .self_slimmed import SelfSlimmedReducer
 from .simprune import MATCHINGS, SimPruneReducer, validate_matching
-from .token_maps import Kept, TokenMap, gather_tokens
+from .simprune_dynamic import SimPruneDynamicReducer
+from .token_maps import Fused, Kept, Merged, Mixed, TokenMap, Unchanged, gather_tokens
+from .tome import ToMeReducer
 from .walk import BranchWalk, ReductionStep
 
 
@@ -30,17 +37,28 @@ __all__ = [
     "REDUCTIONS",
     "BranchReducer",
     "BranchWalk",
+    "EViTReducer",
+    "ExpeditReducer",
+    "Fused",
     "Kept",
+    "MCTFReducer",
+    "Merged",
+    "Mixed",
     "PairReducer",
     "PairSelection",
+    "PatchSlimmingReducer",
     "RandomReducer",
     "ReductionSetting",
     "ReductionStep",
     "Seen",
     "Selection",
+    "SelfSlimmedReducer",
+    "SimPruneDynamicReducer",
     "SimPruneReducer",
+    "ToMeReducer",
     "TokenMap",
     "TokenReducer",
+    "Unchanged",
     "build_reducer",
     "check_reduction",
     "default_reduction_layers",

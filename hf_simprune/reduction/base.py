@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,12 @@ class TokenReducer(ABC):
     """Makes patch tokens fewer, always to the same number in every row.
 
     Its options are the keyword-only arguments of `__init__`, of type bool, int, float or str.
+
+    merges: tokens go on that stand for several patches and have no position, so that no loss on single patches works.
     """
 
     name: ClassVar[str]
+    merges: ClassVar[bool] = False
 
     def __init__(self, keep_rate: float, setting: ReductionSetting = ReductionSetting()) -> None:
         """Raises InputError when `keep_rate` is not in (0, 1]."""
@@ -63,7 +66,23 @@ class TokenReducer(ABC):
         return 0
 
     def build_learned(self) -> nn.Module | None:
-        """The method's own parameters for one branch, None where nothing is learned."""
+        """The method's own parameters and buffers for one branch, None where nothing is learned or remembered."""
+        return None
+
+    def before_step(self, step: int, steps_per_epoch: int | None, views: Sequence[Any], dual: nn.Module) -> None:
+        """Called in every process before the 0-based optimiser step `step`, for what is measured now and then.
+
+        views: the step's micro-batches, with `global_crops` (2B, C, H, W) and `local_crops` (L*B, C, h, w) or None.
+        dual: has `student` and `teacher`, each with a `backbone` and `reduction`, the module of `build_learned`.
+        steps_per_epoch: None where the number of images is unknown.
+        """
+
+    def before_pass(self, global_crops: Tensor, dual: nn.Module) -> None:
+        """Called at the start of every training pass over both branches, inside of it; arguments as `before_step`."""
+
+    def take_auxiliary_loss(self) -> Tensor | None:
+        """The method's own loss of the pass that just ended, 0-dim and already weighted, to be added to the training
+        loss; None where there is none. Asking again gives None."""
         return None
 
 
@@ -129,7 +148,12 @@ class PairSelection(NamedTuple):
 
 
 class PairReducer(TokenReducer):
-    """Chooses which patch tokens stay from the tokens of both branches, between attention and MLP."""
+    """Chooses which patch tokens stay from the tokens of both branches, between attention and MLP.
+
+    compares: the student's tokens are compared with all of the teacher's, which the FLOP counter adds.
+    """
+
+    compares: ClassVar[bool] = False
 
     @abstractmethod
     def pair(

@@ -5,16 +5,35 @@ import inspect
 from typing import Any
 
 from ..errors import InputError
-from .base import ReductionSetting, TokenReducer, validate_keep_rate
+from .base import BranchReducer, ReductionSetting, TokenReducer, validate_keep_rate
+from .evit import EViTReducer
+from .expedit import ExpeditReducer
+from .inference import check_options, options_of
+from .mctf import MCTFReducer
+from .patch_slimming import PatchSlimmingReducer
 from .random import RandomReducer
+from .self_slimmed import SelfSlimmedReducer
 from .simprune import SimPruneReducer
+from .simprune_dynamic import SimPruneDynamicReducer
+from .tome import ToMeReducer
 
 
 METHODS: dict[str, type[TokenReducer]] = {
     "random": RandomReducer,
     "simprune": SimPruneReducer,
+    "simprune_dynamic": SimPruneDynamicReducer,
+    "evit": EViTReducer,
+    "tome": ToMeReducer,
+    "mctf": MCTFReducer,
+    "expedit": ExpeditReducer,
+    "patch_slimming": PatchSlimmingReducer,
+    "self_slimmed": SelfSlimmedReducer,
 }
 REDUCTIONS = ("none", *METHODS)
+# Those that need no training and so also work at inference, on any checkpoint.
+INFERENCE_METHODS: dict[str, type[BranchReducer]] = {
+    name: METHODS[name] for name in ("evit", "expedit", "mctf", "tome")
+}
 
 
 def build_reducer(
@@ -33,11 +52,7 @@ def build_reducer(
         if options:
             raise InputError(f"reduction option {next(iter(options))}: without token reduction there is none.")
         return None
-    known = method_options(name)
-    for option in options or {}:
-        if option not in known:
-            accepted = ", ".join(known) or "it has none"
-            raise InputError(f"reduction option {option} is unknown to {name}: {accepted}.")
+    check_options(name, METHODS[name], options or {})
     return METHODS[name](keep_rate, setting, **(options or {}))
 
 
@@ -49,8 +64,7 @@ def check_reduction(name: str) -> None:
 
 def method_options(name: str) -> dict[str, inspect.Parameter]:
     """The options of the method called `name`: the keyword-only arguments of its `__init__`."""
-    parameters = inspect.signature(METHODS[name].__init__).parameters
-    return {key: value for key, value in parameters.items() if value.kind is value.KEYWORD_ONLY}
+    return options_of(METHODS[name])
 
 
 def parse_options(name: str, text: str | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class SimPruneReducer(PairReducer):
     """
 
     name = "simprune"
+    compares = True
 
     def __init__(
         self, keep_rate: float, setting: ReductionSetting = ReductionSetting(), *, matching: str = "one_way"
@@ -121,12 +122,21 @@ def select_one_way(similarity: Tensor, keep: int, offset: Tensor) -> tuple[Tenso
     """
     count = similarity.shape[-1]
     student_best, match = similarity.max(2)
-    teacher_best, back_match = similarity.max(1)
-
     order = student_best.argsort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(count, device=similarity.device) + offset
     student_keep = order.index_select(1, ranks[:keep]).sort(dim=-1).values
     student_drop = order.index_select(1, ranks[keep:] % count)
+    return student_keep, follow_student(similarity, match, student_drop, offset)
+
+
+def follow_student(similarity: Tensor, match: Tensor, student_drop: Tensor, offset: Tensor) -> Tensor:
+    """Teacher indices (P, K), ascending, when the student prunes the N - K tokens `student_drop`, (P, N - K).
+
+    similarity: cosines (P, N student, N teacher); match: (P, N), each student token's best teacher token.
+    """
+    count = similarity.shape[-1]
+    keep = count - student_drop.shape[1]
+    teacher_best, back_match = similarity.max(1)
     dropped = torch.zeros_like(match, dtype=torch.bool).scatter(1, student_drop, True)
     voted = torch.zeros_like(dropped).scatter(1, match.gather(1, student_drop), True)
 
@@ -135,7 +145,7 @@ def select_one_way(similarity: Tensor, keep: int, offset: Tensor) -> tuple[Tenso
     # Integers: 4 * vote + 2 * dropped match + edge / (N + 1), free of rounding.
     key = (4 * voted.long() + 2 * dropped.gather(1, back_match).long()) * (count + 1) + edge
     teacher_order = key.argsort(dim=-1, descending=True, stable=True)
-    return student_keep, teacher_order[:, count - keep :].sort(dim=-1).values
+    return teacher_order[:, count - keep :].sort(dim=-1).values
 
 
 def descending_ranks(scores: Tensor) -> Tensor:

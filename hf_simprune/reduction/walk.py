@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .base import BranchReducer, Seen
 from .token_maps import TokenMap
 
@@ -12,50 +13,64 @@ class ReductionStep:
     """One stage of one pass, handed to a block as its `reduction`.
 
     The block calls it once at its site; where activations are computed again in the backward pass it calls it again,
-    and gets the same decision. `tokens` are (R, prefix + n, D).
+    and gets the same decision. `tokens` are (R, prefix + n, D). It holds no reference to the walk: a cycle would keep
+    activations alive until the garbage collector comes round.
     """
 
     def __init__(self, walk: "BranchWalk", stage: int) -> None:
-        self.walk = walk
+        self.reducer = walk.reducer
+        self.prefix = walk.num_prefix
+        self.learned = walk.learned
+        self.records_before = walk.records_before
         self.stage = stage
         self.sizes = walk.sizes
         self.grid = walk.grid
         self.map: TokenMap | None = None
+        self.before: Tensor | None = None
+        self._tracked = torch.is_grad_enabled()
 
     @property
     def site(self) -> str:
-        return self.walk.reducer.site
+        return self.reducer.site
 
     @property
     def needs(self) -> str:
-        return self.walk.reducer.needs
+        return self.reducer.needs
 
     @property
-    def prefix(self) -> int:
-        return self.walk.num_prefix
+    def learns(self) -> bool:
+        return self.reducer.learns
 
     def decide(self, tokens: Tensor, attention: Tensor | None) -> TokenMap:
         """What becomes of the patch tokens; `attention` is what the reducer needs of the block's attention."""
-        reducer = self.walk.reducer
-        if self.map is not None and not reducer.learns:
+        if self.map is not None and not self.learns:
             return self.map
         sizes = None if self.sizes is None else self.sizes[:, self.prefix :]
         patches = tokens[:, self.prefix :]
-        if reducer.learns:
-            seen = Seen(patches, attention, sizes, self.grid, self.stage, self.prefix, self.walk.learned)
-            self.map = reducer.decide(seen)
+        if self.learns:
+            seen = Seen(patches, attention, sizes, self.grid, self.stage, self.prefix, self.learned)
+            self.map = self.reducer.decide(seen)
         else:
             with torch.no_grad():
-                seen = Seen(patches.detach(), attention, sizes, self.grid, self.stage, self.prefix, self.walk.learned)
-                self.map = reducer.decide(seen)
+                seen = Seen(patches.detach(), attention, sizes, self.grid, self.stage, self.prefix, self.learned)
+                self.map = self.reducer.decide(seen)
         return self.map
+
+    def apply(self, found: TokenMap, tokens: Tensor) -> Tensor:
+        """The decided map on any tokens (R, prefix + n, E), such as values of all heads; the prefix is untouched."""
+        return torch.cat([tokens[:, : self.prefix], found.apply(tokens[:, self.prefix :])], dim=1)
 
     def __call__(self, tokens: Tensor, attention: Tensor | None = None) -> Tensor:
         """Decide and apply: (R, prefix + n, D) to (R, prefix + m, D)."""
         found = self.decide(tokens, attention)
-        if self.walk.records_before:
+        if self.records_before and self.before is None:
+            if self._tracked and not torch.is_grad_enabled():
+                raise InputError(
+                    "gradient checkpointing with use_reentrant=True loses gradients where tokens are restored: "
+                    "give use_reentrant=False"
+                )
             self.before = tokens[:, self.prefix :]
-        return torch.cat([tokens[:, : self.prefix], found.apply(tokens[:, self.prefix :])], dim=1)
+        return self.apply(found, tokens)
 
 
 class BranchWalk:
@@ -110,11 +125,12 @@ class BranchWalk:
 
     def restore(self, tokens: Tensor) -> Tensor:
         """All patch tokens again, (R, prefix + N, D), each from the token that stands for it now."""
+        if not self._open:
+            return tokens
         patches = tokens[:, self.num_prefix :]
         for step in reversed(self._open):
             patches = step.map.restore(patches, step.before)
-        if self._open:
-            self.grid, self.sizes = self._open[0].grid, self._open[0].sizes
+        self.grid, self.sizes = self._open[0].grid, self._open[0].sizes
         self._open = []
         return torch.cat([tokens[:, : self.num_prefix], patches], dim=1)
 
@@ -122,7 +138,7 @@ class BranchWalk:
         prefix, found = self.num_prefix, step.map
         patches = found.sizes(None if self.sizes is None else self.sizes[:, prefix:])
         if patches is not None:
-            patches = torch.cat([patches.new_ones(len(patches), prefix), patches], dim=1)
+            patches = torch.cat([patches.new_ones(patches.shape[0], prefix), patches], dim=1)
         self.sizes = patches
         self.grid = found.grid(self.grid)
         self.steps.append(step)
