@@ -2,7 +2,7 @@
 # make test      run the tests, offline
 # make quality   ruff check and format check
 # make style     let ruff mend what it can
-# make deit      write the DeiT model files anew from the ViT ones
+# make families  write anew what the DeiT and DINOv2 model files share with the ViT ones
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := test
-.PHONY: demo test quality style deit
+.PHONY: demo test quality style families
 
 # torch goes first and alone: solved together with the rest, a looser request could fetch a second, far larger build.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -33,10 +33,16 @@ style: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-deit: $(INSTALLED)
-	for part in configuration maps modeling; do \
+families: $(INSTALLED)
+	for part in blocks configuration maps modeling reduction; do \
 	    sed -e 's/ViT/DeiT/g' -e 's/vit/deit/g' hf_simprune/models/vit/$${part}_simprune_vit.py \
 	        > hf_simprune/models/deit/$${part}_simprune_deit.py; \
 	done
-	$(BIN)/ruff check --quiet --fix hf_simprune/models/deit
-	$(BIN)/ruff format --quiet hf_simprune/models/deit
+	for part in blocks maps reduction; do \
+	    sed -e 's/ViT/Dinov2/g' -e 's/vit/dinov2/g' \
+	        -e 's/layernorm_before/norm1/g' -e 's/layernorm_after/norm2/g' \
+	        -e 's/layer\.dropout(layer\.mlp/layer.layer_scale2(layer.mlp/' -e 's/layer\.dropout/layer.layer_scale1/' \
+	        hf_simprune/models/vit/$${part}_simprune_vit.py > hf_simprune/models/dinov2/$${part}_simprune_dinov2.py; \
+	done
+	$(BIN)/ruff check --quiet --fix hf_simprune/models/deit hf_simprune/models/dinov2
+	$(BIN)/ruff format --quiet hf_simprune/models/deit hf_simprune/models/dinov2

@@ -4,12 +4,14 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .deit import SimPruneDeiTConfig, SimPruneDeiTForImageClassification, SimPruneDeiTModel
+from .dinov2 import SimPruneDinov2Config, SimPruneDinov2ForImageClassification, SimPruneDinov2Model
 from .vit import SimPruneViTConfig, SimPruneViTForImageClassification, SimPruneViTModel
 
 
 for _config, _model, _classifier in (
     (SimPruneViTConfig, SimPruneViTModel, SimPruneViTForImageClassification),
     (SimPruneDeiTConfig, SimPruneDeiTModel, SimPruneDeiTForImageClassification),
+    (SimPruneDinov2Config, SimPruneDinov2Model, SimPruneDinov2ForImageClassification),
 ):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
@@ -19,6 +21,9 @@ __all__ = [
     "SimPruneDeiTConfig",
     "SimPruneDeiTForImageClassification",
     "SimPruneDeiTModel",
+    "SimPruneDinov2Config",
+    "SimPruneDinov2ForImageClassification",
+    "SimPruneDinov2Model",
     "SimPruneViTConfig",
     "SimPruneViTForImageClassification",
     "SimPruneViTModel",

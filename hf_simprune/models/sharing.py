@@ -8,7 +8,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..errors import InputError
+from .bundle import bundle_reduction
 from .deit import SimPruneDeiTConfig, SimPruneDeiTForImageClassification, SimPruneDeiTModel
+from .dinov2 import SimPruneDinov2Config, SimPruneDinov2ForImageClassification, SimPruneDinov2Model
 from .vit import SimPruneViTConfig, SimPruneViTForImageClassification, SimPruneViTModel
 
 
@@ -16,12 +18,15 @@ from .vit import SimPruneViTConfig, SimPruneViTForImageClassification, SimPruneV
 _FAMILIES = (
     (SimPruneViTConfig, SimPruneViTModel, SimPruneViTForImageClassification),
     (SimPruneDeiTConfig, SimPruneDeiTModel, SimPruneDeiTForImageClassification),
+    (SimPruneDinov2Config, SimPruneDinov2Model, SimPruneDinov2ForImageClassification),
 )
 _AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageClassification")
 
 
 def save_with_code(model: PreTrainedModel, folder: str | Path) -> None:
     """Write `model` into `folder` with its family's source files, which the configuration points to.
+
+    Of token reduction, the folder gets the one method that the configuration names, as a file of its own.
 
     With this package imported, the Auto classes load the folder as any other. Without it they load it under
     `trust_remote_code=True`. The model is left as it is.
@@ -49,3 +54,5 @@ def save_with_code(model: PreTrainedModel, folder: str | Path) -> None:
             config.auto_map = before["auto_map"]
     for file in Path(inspect.getfile(type(model))).parent.glob("*_simprune_*.py"):
         shutil.copyfile(file, Path(folder) / file.name)
+    for file in Path(folder).glob("reduction_simprune_*.py"):
+        file.write_text(bundle_reduction(config.token_reduction), encoding="utf-8")

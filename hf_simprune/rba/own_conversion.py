@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import (
     DeiTForImageClassification,
     DeiTModel,
+    Dinov2ForImageClassification,
+    Dinov2Model,
     PreTrainedConfig,
     PreTrainedModel,
     ViTForImageClassification,
@@ -18,11 +20,14 @@ from ..errors import InputError
 from ..models import (
     SimPruneDeiTForImageClassification,
     SimPruneDeiTModel,
+    SimPruneDinov2ForImageClassification,
+    SimPruneDinov2Model,
     SimPruneViTForImageClassification,
     SimPruneViTModel,
 )
 from ..models.stock import add_cls_pooler
-from .adapters import adapter_for
+from .adapters import Adapter, adapter_for
+from .adapters.base import BOTH_HALVES
 from .maps import AffineMap, ConstMap, FittedMap, FittedMaps, LowRankMap, ModuleMap
 from .plan import STOCK_MAPS, CompressionPlan, Span
 from .replay import check_plan
@@ -35,27 +40,30 @@ OWN_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     ViTForImageClassification: SimPruneViTForImageClassification,
     DeiTModel: SimPruneDeiTModel,
     DeiTForImageClassification: SimPruneDeiTForImageClassification,
+    Dinov2Model: SimPruneDinov2Model,
+    Dinov2ForImageClassification: SimPruneDinov2ForImageClassification,
     SimPruneViTModel: SimPruneViTModel,
     SimPruneViTForImageClassification: SimPruneViTForImageClassification,
     SimPruneDeiTModel: SimPruneDeiTModel,
     SimPruneDeiTForImageClassification: SimPruneDeiTForImageClassification,
+    SimPruneDinov2Model: SimPruneDinov2Model,
+    SimPruneDinov2ForImageClassification: SimPruneDinov2ForImageClassification,
 }
 _WHOLE = {"kind": "block", "attention": "full", "mlp": "full"}
-_NORMS = {"attention": "layernorm_before", "mlp": "layernorm_after"}
 
 # A module of the result: the block it comes from, or the span that it stands for, and its entry in `block_maps`.
 Place = tuple[int | Span, dict[str, Any] | None]
 
 
 def convert_to_own(model: PreTrainedModel, plan: CompressionPlan, maps: FittedMaps) -> PreTrainedModel:
-    """A `SimPruneViT…` or `SimPruneDeiT…` copy of `model`, in eval mode, with what `plan` names replaced.
+    """A copy of `model` of a class of this package, in eval mode, with what `plan` names replaced.
 
     Head, pooler, labels and precision are those of `model`, which stays as it is; its own maps, if it has any, are
-    kept; a backbone without a pooler gets one that passes CLS on, so that nothing is missing when the saved folder is
-    loaded. Draws no random numbers.
+    kept; a ViT or DeiT without a pooler gets one that passes CLS on, so that nothing is missing when the saved folder
+    is loaded. Draws no random numbers.
 
     Args:
-        model: a ViT or DeiT backbone or image classifier in eval mode, stock or of this package.
+        model: a ViT, DeiT or DINOv2 backbone or image classifier in eval mode, stock or of this package.
         plan: for the blocks, maps included, that `model` has.
         maps: the fitted map of every span and half of the plan, fp32.
 
@@ -70,24 +78,23 @@ def convert_to_own(model: PreTrainedModel, plan: CompressionPlan, maps: FittedMa
             f"plan {plan}: a {type(model).__name__} can have the maps {' and '.join(STOCK_MAPS)} only; "
             f"the others are for {taken}"
         )
-    check_plan(adapter_for(model), plan)
+    adapter = adapter_for(model)
+    check_plan(adapter, plan)
     _check_maps(plan, maps)
     places = _places(plan, dict(vars(model.config).get("block_maps") or {}))
-    config, weights = _config(model, own_class, places), _weights(model, plan, places, maps)
-    arguments = {}
-    if model.base_model is model:
-        arguments["use_mask_token"] = model.embeddings.mask_token is not None
-        if model.pooler is None:
-            add_cls_pooler(config, weights)
+    config, weights = _config(model, own_class, places), _weights(adapter, plan, places, maps)
+    if isinstance(model, (ViTModel, DeiTModel)) and model.pooler is None:
+        add_cls_pooler(config, weights)
     # On the meta device nothing is drawn.
     with torch.device("meta"):
-        result = own_class(config, **arguments)
+        result = own_class(config, **adapter.init_arguments())
     result.load_state_dict(weights, strict=True, assign=True)
+    converted = adapter_for(result.eval())
     for span in plan.spans:
         if span.map == "fold":
             before = [origin for origin, _ in places].index(span.start - 1)
-            fold_into(result.base_model.layers[before].mlp.fc2, maps[span])
-    return result.eval()
+            fold_into(converted.mlp_output(before), maps[span], converted.mlp_scale(before))
+    return result
 
 
 def _check_maps(plan: CompressionPlan, maps: FittedMaps) -> None:
@@ -118,7 +125,8 @@ def _places(plan: CompressionPlan, present: dict[str, dict[str, Any]]) -> list[P
 
 def _config(model: PreTrainedModel, own_class: type[PreTrainedModel], places: list[Place]) -> PreTrainedConfig:
     values = model.config.to_dict()
-    for key in ("model_type", "architectures", "auto_map"):
+    # The names of stages, which a stock DINOv2 has, follow its depth.
+    for key in ("model_type", "architectures", "auto_map", "stage_names", "out_features", "out_indices"):
         values.pop(key, None)
     values["num_hidden_layers"] = len(places)
     values["block_maps"] = {str(index): spec for index, (_, spec) in enumerate(places) if spec is not None} or None
@@ -127,24 +135,24 @@ def _config(model: PreTrainedModel, own_class: type[PreTrainedModel], places: li
     return config
 
 
-def _weights(
-    model: PreTrainedModel, plan: CompressionPlan, places: list[Place], maps: FittedMaps
-) -> dict[str, Tensor]:
+def _weights(adapter: Adapter, plan: CompressionPlan, places: list[Place], maps: FittedMaps) -> dict[str, Tensor]:
     """The state of the result, before folds: copies, those of the maps on the model's device and in its precision."""
-    layers = f"{'' if model.base_model is model else model.base_model_prefix + '.'}layers."
+    model = adapter.model
+    layers = next(name for name, module in model.named_modules() if module is adapter.layers) + "."
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(layers)}
     halves = {(half.block, half.half): half for half in plan.halves}
-    like = model.base_model.layernorm.weight
+    like = adapter.tower.layernorm.weight
     for index, (origin, _) in enumerate(places):
         if isinstance(origin, Span):
             found = {f"map.{name}": value.to(like) for name, value in _map_weights(maps[origin]).items()}
         else:
-            found = model.base_model.layers[origin].state_dict()
-            for name, norm in _NORMS.items():
+            found = adapter.layers[origin].state_dict()
+            for name in BOTH_HALVES:
                 half = halves.get((origin, name))
                 if half is not None:
-                    gone = (f"{name}.", f"{norm}.") if half.map == "const" else (f"{name}.",)
-                    found = {key: value for key, value in found.items() if not key.startswith(gone)}
+                    # A constant needs no norm, and a map is fitted to what the half writes behind its LayerScale.
+                    gone = [name, adapter.scales.get(name)] + ([adapter.norms[name]] if half.map == "const" else [])
+                    found = {key: value for key, value in found.items() if key.partition(".")[0] not in gone}
                     found.update({f"{name}.{key}": value.to(like) for key, value in _map_weights(maps[half]).items()})
         weights.update({f"{layers}{index}.{name}": value for name, value in found.items()})
     return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in weights.items()}

@@ -42,7 +42,7 @@ def test_settings_can_be_overridden():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "vit_huge"}, "architecture 'vit_huge' is unknown; choose one of vit_micro, vit_tiny, .*deit_base$"),
+        ({"name": "vit_huge"}, "architecture 'vit_huge' is unknown; choose one of vit_micro, .*dinov2_base$"),
         ({"hidden_sise": 48}, "architecture setting 'hidden_sise' is unknown; choose from .*hidden_size"),
         ({"image_size": 30}, "patch_size 4 does not divide image_size 30"),
         ({"patch_size": 5}, "patch_size 5 does not divide image_size 32"),

@@ -185,15 +185,30 @@ def test_dropped_samples_are_not_computed_on_a_cpu(family: Family, tokens: Tenso
     assert 0 < seen[0] < len(tokens)
 
 
-def test_gradients_of_kept_samples_equal_those_of_the_masked_sum(family: Family, tokens: Tensor):
+@pytest.mark.parametrize("shape", [None, (5, 1, 1, 17), (5, 1, 17, 17), (1, 1, 17, 17)])
+def test_gradients_of_kept_samples_equal_those_of_the_masked_sum(family: Family, tokens: Tensor, shape):
     layer = family.own(drop_path_rate=0.4).train().double().layers[2]
     tokens = tokens.double()
+    mask = None if shape is None else torch.randn(shape, dtype=torch.float64)
     gradients = []
-    for attention_mask in (None, torch.zeros(5, 1, 17, 17, dtype=torch.float64)):  # a mask selects the masked sum
+    for functions in (layer.functions, layer.functions._replace()):  # functions of one's own select the masked sum
+        layer.functions = functions
         layer.zero_grad()
         leaf = tokens.clone().requires_grad_()
         torch.manual_seed(5)
-        layer(leaf, attention_mask).square().sum().backward()
+        layer(leaf, mask).square().sum().backward()
         gradients.append([leaf.grad, *(p.grad.clone() for p in layer.parameters())])
     for kept, masked in zip(*gradients, strict=True):
         torch.testing.assert_close(kept, masked)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [1, 17])
+def test_the_first_queries_take_a_bias_of_the_keys(family: Family, tokens: Tensor, implementation: str, rows: int):
+    model = family.own().double()
+    model.set_attn_implementation(implementation)
+    bias = torch.randn(5, 1, rows, 17, dtype=torch.float64)
+    whole = model.layers[1](tokens.double(), bias, half="attention")
+    first = model.layers[1](tokens.double(), bias, half="attention", num_queries=3)
+    torch.testing.assert_close(first, whole[:, :3])
+    assert not torch.allclose(whole, model.layers[1](tokens.double(), half="attention"))

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from hf_simprune import models
+from hf_simprune.models.bundle import bundle_reduction
 
 from .conftest import TINY, Family
 
@@ -46,7 +47,10 @@ def test_importing_the_package_registers_nothing():
     assert done.stdout.split() == ["unknown", "simprune_vit"]
 
 
-@pytest.mark.parametrize("file", [f"{part}_simprune_vit.py" for part in ("configuration", "maps", "modeling")])
+PARTS = ("blocks", "configuration", "maps", "modeling", "reduction")
+
+
+@pytest.mark.parametrize("file", [f"{part}_simprune_vit.py" for part in PARTS])
 def test_the_deit_files_are_the_vit_files_renamed(file: str):
     """Shipped files may not import from each other, so the families repeat one text: edit the ViT's, then rename."""
     vit = (FOLDER / "vit" / file).read_text().replace("ViT", "DeiT").replace("vit", "deit")
@@ -57,12 +61,16 @@ def test_the_deit_files_are_the_vit_files_renamed(file: str):
 @pytest.mark.parametrize("name", ["vit", "deit"])
 def test_shipped_files_stand_alone(name: str):
     """They go to the Hub without this package: nothing but torch, transformers, its Hub library and the siblings."""
-    for file in (FOLDER / name).glob("*_simprune_*.py"):
+    files = sorted((FOLDER / name).glob("*_simprune_*.py"))
+    assert [file.name for file in files] == [f"{part}_simprune_{name}.py" for part in PARTS]
+    for file in files:
+        if file.name.startswith("reduction"):
+            continue  # another file takes its place, see test_bundle.py
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom):
                 if node.level:
                     assert node.level == 1
-                    assert node.module in (f"configuration_simprune_{name}", f"maps_simprune_{name}")
+                    assert node.module in [f"{part}_simprune_{name}" for part in PARTS]
                 else:
                     allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
                     assert node.module.split(".")[0] in allowed, ast.unparse(node)
@@ -79,7 +87,8 @@ def test_shipped_files_load_without_the_package(family: Family, tmp_path):
     }
     network.save_pretrained(tmp_path / "model")
     for file in (FOLDER / family.name).glob("*_simprune_*.py"):
-        (tmp_path / "model" / file.name).write_text(file.read_text())
+        text = bundle_reduction(None) if file.name.startswith("reduction") else file.read_text()
+        (tmp_path / "model" / file.name).write_text(text)
     images = torch.randn(2, 3, 32, 32)
     torch.save(images, tmp_path / "images.pt")
     torch.save(network(images).last_hidden_state, tmp_path / "features.pt")

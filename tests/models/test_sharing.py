@@ -96,7 +96,7 @@ def test_code_and_configuration_are_complete_and_the_model_is_left_as_it_was(fam
     }
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
         ["config.json", "model.safetensors"]
-        + [f"{part}_simprune_{name}.py" for part in ("configuration", "maps", "modeling")]
+        + [f"{part}_simprune_{name}.py" for part in ("blocks", "configuration", "maps", "modeling", "reduction")]
     )
 
 

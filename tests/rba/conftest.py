@@ -78,6 +78,8 @@ def _siglip(**settings) -> SiglipConfig:
 
 
 def _own(family: str, **settings) -> PreTrainedModel:
+    if family == "dinov2":
+        return models.SimPruneDinov2Model(models.SimPruneDinov2Config(**_DINOV2, **settings))
     config = {"vit": models.SimPruneViTConfig, "deit": models.SimPruneDeiTConfig}[family](**_VIT, **settings)
     kinds = {"vit": models.SimPruneViTModel, "deit": models.SimPruneDeiTModel}
     return kinds[family](config, add_pooling_layer=False)
@@ -102,6 +104,10 @@ KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "dinov2": lambda: Dinov2Model(Dinov2Config(**_DINOV2, drop_path_rate=0.1)),
     "dinov2-swiglu": lambda: Dinov2Model(Dinov2Config(**_DINOV2, use_swiglu_ffn=True, use_mask_token=False)),
     "dinov2-classifier": lambda: Dinov2ForImageClassification(Dinov2Config(**_DINOV2, **_LABELLED)),
+    "dinov2-own": lambda: _own("dinov2", drop_path_rate=0.1),
+    "dinov2-own-classifier": lambda: models.SimPruneDinov2ForImageClassification(
+        models.SimPruneDinov2Config(**_DINOV2, **_LABELLED, use_swiglu_ffn=True)
+    ),
     "dinov2_with_registers": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**_DINOV2)),
     "dinov2_with_registers-swiglu": lambda: Dinov2WithRegistersModel(
         Dinov2WithRegistersConfig(**_DINOV2, use_swiglu_ffn=True)

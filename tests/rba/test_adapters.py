@@ -174,11 +174,12 @@ BLOCK_MAPS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["vit", "deit"])
+@pytest.mark.parametrize("family", ["vit", "deit", "dinov2"])
 def test_a_compressed_model_says_which_halves_are_left(family, images):
     config_class, model_class = {
         "vit": (models.SimPruneViTConfig, models.SimPruneViTForImageClassification),
         "deit": (models.SimPruneDeiTConfig, models.SimPruneDeiTForImageClassification),
+        "dinov2": (models.SimPruneDinov2Config, models.SimPruneDinov2ForImageClassification),
     }[family]
     config = make_model(f"{family}-own-classifier").config.to_dict()
     torch.manual_seed(0)
@@ -196,7 +197,7 @@ def test_a_compressed_model_says_which_halves_are_left(family, images):
             assert torch.equal(y + adapter.mlp_write(b, adapter.mlp_input(b, y)), whole)
         if b == adapter.depth - 1:
             few = adapter.last_block(h, context)
-            torch.testing.assert_close(few, whole[:, : adapter.num_prefix_tokens], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(few, whole[:, : adapter.output_tokens], rtol=1e-6, atol=1e-6)
         h = whole
 
 

@@ -47,7 +47,15 @@ def test_a_network_whose_maps_are_all_removed_is_a_stock_network_again(first, se
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("vit", True), ("deit-own-classifier", True), ("deit-teacher", False), ("dinov2", False), ("clip", False)],
+    [
+        ("vit", True),
+        ("deit-own-classifier", True),
+        ("deit-teacher", False),
+        ("dinov2", True),
+        ("dinov2-own-classifier", True),
+        ("dinov2_with_registers", False),
+        ("clip", False),
+    ],
 )
 def test_which_networks_can_hold_maps(kind, expected):
     assert can_hold_maps(make_model(kind)) is expected

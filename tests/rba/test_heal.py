@@ -38,7 +38,8 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "plan"), [("vit-classifier", FOLDS), ("vit-classifier", MAPS), ("dinov2", FOLDS), ("clip", FOLDS)]
+    ("kind", "plan"),
+    [("vit-classifier", FOLDS), ("vit-classifier", MAPS), ("dinov2", FOLDS), ("dinov2", MAPS), ("clip", FOLDS)],
 )
 def test_the_loss_falls_and_only_the_named_parameters_move(kind, plan):
     student, teacher = pair(kind, plan)

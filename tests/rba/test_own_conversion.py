@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, DeiTForImageClassificationWithTeacher, Dinov2Config, Dinov2Model, PreTrainedModel
+from transformers import (
+    AutoModel,
+    DeiTForImageClassificationWithTeacher,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    PreTrainedModel,
+)
 
 from hf_simprune.errors import InputError
 from hf_simprune.models.vit.maps_simprune_vit import MLPMap, ResMLPMap
@@ -14,14 +20,23 @@ from hf_simprune.rba.own_conversion import convert_to_own
 from hf_simprune.rba.plan import CompressionPlan, Half, Span
 
 from ..models.conftest import DEIT, TINY, VIT, Family, randomise
+from ..models.dinov2_family import DINOV2
+from ..models.dinov2_family import randomise as randomise_dinov2
 
 
 WIDTH, DEPTH = TINY["hidden_size"], 9
 SETTINGS = {**TINY, "num_hidden_layers": DEPTH}
+_SIZES = {key: value for key, value in SETTINGS.items() if key not in ("intermediate_size", "pooler_output_size")}
+DINOV2_SETTINGS = {**_SIZES, "mlp_ratio": 2, "drop_path_rate": 0.1}
+
+
+@pytest.fixture(params=[VIT, DEIT, DINOV2], ids=lambda family: family.name)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
 
 
 @pytest.fixture(params=[VIT, DEIT], ids=lambda family: family.name)
-def family(request: pytest.FixtureRequest) -> Family:
+def pooled_family(request: pytest.FixtureRequest) -> Family:
     return request.param
 
 
@@ -33,7 +48,33 @@ def images() -> Tensor:
 def stock(family: Family, kind: str = "classifier", **settings) -> PreTrainedModel:
     torch.manual_seed(0)
     network = family.stock_classifier if kind == "classifier" else family.stock_model
+    if family is DINOV2:
+        return randomise_dinov2(network(family.stock_config(**{**DINOV2_SETTINGS, **settings})))
     return randomise(network(family.stock_config(**{**SETTINGS, **settings})))
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    backbone = model.base_model
+    return backbone.encoder.layer if hasattr(backbone, "encoder") else backbone.layers
+
+
+def normed(layer: nn.Module, half: str, x: Tensor) -> Tensor:
+    names = ("norm1", "norm2") if hasattr(layer, "norm1") else ("layernorm_before", "layernorm_after")
+    return getattr(layer, names[half == "mlp"])(x)
+
+
+def write(layer: nn.Module, half: str, x: Tensor) -> Tensor:
+    """What a half that is there adds to the stream, LayerScale included."""
+    found = layer.attention(normed(layer, half, x))[0] if half == "attention" else layer.mlp(normed(layer, half, x))
+    scale = getattr(layer, "layer_scale2" if half == "mlp" else "layer_scale1", None)
+    return found if scale is None else found * scale.lambda1
+
+
+def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    features = model.base_model.layernorm(tokens)
+    if hasattr(model.base_model, "encoder"):
+        return model.classifier(torch.cat([features[:, 0], features[:, 1:].mean(1)], 1))
+    return model.classifier(features[:, 0])
 
 
 def plan_of(*items: Span | Half, depth: int = DEPTH) -> CompressionPlan:
@@ -66,13 +107,12 @@ def random_maps(plan: CompressionPlan) -> FittedMaps:
 
 def naive_output(model: PreTrainedModel, plan: CompressionPlan, maps: FittedMaps, images: Tensor) -> Tensor:
     """Final tokens, before the last norm: a loop over the untouched model's blocks and the maps as formulas."""
-    backbone = model.base_model
-    x = backbone.embeddings(images)
+    x = model.base_model.embeddings(images)
     starts = {span.start: span for span in plan.spans}
     folds = {span.start - 1: maps[span] for span in plan.spans if span.map == "fold"}
     block = 0
     while block < plan.depth:
-        span, layer = starts.get(block), backbone.layers[block]
+        span, layer = starts.get(block), blocks(model)[block]
         if span is not None:
             if span.map == "linear":
                 x = x @ maps[span].weight + maps[span].bias
@@ -82,17 +122,16 @@ def naive_output(model: PreTrainedModel, plan: CompressionPlan, maps: FittedMaps
                 x = maps[span].module(x)
             block = span.end
             continue
-        for half, norm in (("attention", layer.layernorm_before), ("mlp", layer.layernorm_after)):
+        for half in ("attention", "mlp"):
             item = next((entry for entry in plan.halves if (entry.block, entry.half) == (block, half)), None)
             if item is not None and item.map == "const":
                 x = x + maps[item].bias
             elif item is not None:
-                x = x + norm(x) @ maps[item].weight + maps[item].bias
-            elif half == "attention":
-                x = x + layer.attention(norm(x))[0]
+                x = x + normed(layer, half, x) @ maps[item].weight + maps[item].bias
             else:
-                write = layer.mlp(norm(x))
-                x = x + (write @ folds[block].weight + folds[block].bias if block in folds else write)
+                update = write(layer, half, x)
+                folded = half == "mlp" and block in folds
+                x = x + (update @ folds[block].weight + folds[block].bias if folded else update)
         block += 1
     return x
 
@@ -125,8 +164,7 @@ def test_the_result_computes_what_the_plan_says(family: Family, images: Tensor, 
     expected = naive_output(model, plan, maps, images)
     hidden = result(images, output_hidden_states=True).hidden_states
     torch.testing.assert_close(hidden[-1], expected, atol=1e-5, rtol=1e-5)
-    logits = model.classifier(model.base_model.layernorm(expected)[:, 0])
-    torch.testing.assert_close(result(images).logits, logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result(images).logits, logits_of(model, expected), atol=1e-5, rtol=1e-5)
 
 
 def test_the_configuration_says_what_is_where(family: Family):
@@ -172,9 +210,9 @@ def test_a_model_with_maps_is_compressed_again(family: Family, images: Tensor):
     x = layers[0](before[0], half="attention") + maps[Half(0, "mlp", "const")].bias
     x = layers[2](layers[1](x), half="attention")
     fold = maps[Span(3, 4, "fold")]
-    x = x + layers[2].mlp(layers[2].layernorm_after(x)) @ fold.weight + fold.bias
+    x = x + write(layers[2], "mlp", x) @ fold.weight + fold.bias
     x = layers[6](layers[5](layers[4](x)), half="attention")
-    x = x + maps[Half(6, "mlp", "linear")](layers[6].layernorm_after(x))
+    x = x + maps[Half(6, "mlp", "linear")](normed(layers[6], "mlp", x))
     x = layers[7](x + maps[Half(7, "attention", "const")].bias, half="mlp")
     got = twice.base_model(images, output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(got, x, atol=1e-5, rtol=1e-5)
@@ -228,15 +266,17 @@ def test_head_labels_pooler_and_precision_survive(family: Family, images: Tensor
     assert torch.equal(result.classifier.weight, model.classifier.weight)
     assert result(images).logits.dtype == torch.bfloat16
 
-    pooled = stock(family, "model", pooler_act="relu")
+
+def test_a_pooler_survives(pooled_family: Family, images: Tensor):
+    pooled = stock(pooled_family, "model", pooler_act="relu")
     result = convert_to_own(pooled, EVERYTHING, random_maps(EVERYTHING))
     output = result(images)
-    assert type(result) is family.model
+    assert type(result) is pooled_family.model
     assert torch.equal(output.pooler_output, pooled.pooler(output.last_hidden_state))
 
 
-def test_a_backbone_without_pooler_gets_one_that_passes_cls_on(family: Family, tmp_path, images: Tensor):
-    bare = stock(family, "model")
+def test_a_backbone_without_pooler_gets_one_that_passes_cls_on(pooled_family: Family, tmp_path, images: Tensor):
+    bare = stock(pooled_family, "model")
     bare.pooler = None
     convert_to_own(bare, EVERYTHING, random_maps(EVERYTHING)).save_pretrained(tmp_path)
     again, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
@@ -249,17 +289,25 @@ def test_a_bfloat16_fold_is_computed_before_it_is_rounded(family: Family):
     plan = plan_of(Span(3, 4, "fold"), Half(6, "mlp", "linear"))
     model, maps = stock(family).to(torch.bfloat16), random_maps(plan)
     fold = maps[Span(3, 4, "fold")]
-    layer = model.base_model.layers[2]
+    layer = blocks(model)[2]
     result = convert_to_own(model, plan, maps).base_model.layers
-    expected = (fold.weight.double().T @ layer.mlp.fc2.weight.double()).bfloat16()
-    assert torch.equal(result[2].mlp.fc2.weight, expected)
+    written = layer.mlp.fc2.weight.double()
+    if family is DINOV2:
+        written = layer.layer_scale2.lambda1.double()[:, None] * written
+        assert (result[2].layer_scale2.lambda1 == 1).all()
+        assert torch.equal(result[1].layer_scale2.lambda1, blocks(model)[1].layer_scale2.lambda1)
+    assert torch.equal(result[2].mlp.fc2.weight, (fold.weight.double().T @ written).bfloat16())
     half = maps[Half(6, "mlp", "linear")]
     assert torch.equal(result[5].mlp.dense.weight, half.weight.T.bfloat16())
 
 
 def test_results_take_a_copy_of_the_mask_token(family: Family):
     torch.manual_seed(0)
-    model = randomise(family.stock_model(family.stock_config(**SETTINGS), use_mask_token=True))
+    if family is DINOV2:
+        model = stock(family, "model")
+    else:
+        model = randomise(family.stock_model(family.stock_config(**SETTINGS), use_mask_token=True))
+    assert model.embeddings.mask_token.any()
     result = convert_to_own(model, PLANS["one half"], random_maps(PLANS["one half"]))
     assert torch.equal(result.embeddings.mask_token, model.embeddings.mask_token)
 
@@ -267,11 +315,11 @@ def test_results_take_a_copy_of_the_mask_token(family: Family):
 def test_without_maps_the_other_families_are_told_what_is_possible():
     plan = plan_of(Span(1, 2, "linear"), depth=3)
     torch.manual_seed(0)
-    dinov2 = Dinov2Model(
-        Dinov2Config(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, image_size=28)
+    registers = Dinov2WithRegistersModel(
+        Dinov2WithRegistersConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, image_size=28)
     ).eval()
     teacher = DeiTForImageClassificationWithTeacher(DEIT.stock_config(**TINY)).eval()
-    for model in (dinov2, teacher):
+    for model in (registers, teacher):
         message = rf"{type(model).__name__} can have the maps fold and identity only; .* SimPruneDeiTForImageClass"
         with pytest.raises(InputError, match=message):
             convert_to_own(model, plan, random_maps(plan))
@@ -301,3 +349,19 @@ def test_the_result_loads_by_its_auto_class(family: Family, tmp_path):
     plan = PLANS["trained"]
     convert_to_own(stock(family, "model"), plan, random_maps(plan)).save_pretrained(tmp_path)
     assert type(AutoModel.from_pretrained(tmp_path)) is family.model
+
+
+def test_a_replaced_half_has_no_layer_scale_and_a_swiglu_takes_a_fold_in(tmp_path, images: Tensor):
+    plan = plan_of(Span(3, 5, "fold"), Half(1, "attention", "linear"), Half(6, "mlp", "const"))
+    model, maps = stock(DINOV2, use_swiglu_ffn=True, use_mask_token=False), random_maps(plan)
+    result = convert_to_own(model, plan, maps)
+    torch.testing.assert_close(
+        result(images).logits, logits_of(model, naive_output(model, plan, maps, images)), atol=1e-5, rtol=1e-5
+    )
+    weights = result.dinov2.encoder.layer.state_dict()
+    for block, half, stays in ((1, 1, False), (1, 2, True), (4, 1, True), (4, 2, False)):
+        assert (f"{block}.layer_scale{half}.lambda1" in weights) == stays
+    assert result.config.drop_path_rate == 0.1 and "out_features" not in result.config.to_dict()
+    result.save_pretrained(tmp_path)
+    again = DINOV2.classifier.from_pretrained(tmp_path)
+    assert torch.equal(again(images).logits, result(images).logits)

@@ -37,9 +37,8 @@ PLANS = {
 def analysis(request) -> Analysis:
     options = {"progress": False, "chunk_size": 5, "max_span": 3, "cost_images": 4}
     kinds = ("fold", "linear", "identity")
-    granularity = "half" if request.param.startswith("vit") else "block"
     model = quiet_model(make_model(request.param), 0.6)
-    return analyze(model, calibration(12, 5), kinds=kinds, granularity=granularity, **options)
+    return analyze(model, calibration(12, 5), kinds=kinds, granularity="half", **options)
 
 
 def pixels(analysis: Analysis) -> Tensor:
@@ -61,15 +60,9 @@ def error_behind(analysis: Analysis, plan: CompressionPlan, maps: FittedMaps, it
     return (student - teacher).square().mean().item()
 
 
-def plan_for(analysis: Analysis, name: str) -> CompressionPlan:
-    if name == "halves" and analysis.adapter.family != "vit":
-        pytest.skip("halves are offered for ViT here")
-    return PLANS[name]
-
-
 @pytest.mark.parametrize("name", PLANS)
 def test_no_map_is_worse_than_before_at_its_own_objective(analysis, name):
-    plan = plan_for(analysis, name)
+    plan = PLANS[name]
     maps = {item: analysis.maps[item] for item in plan.items}
     refitted = sequential_refit(analysis.bench, plan, maps, ridge=1e-7)
     improved = []
@@ -146,7 +139,7 @@ def test_the_first_map_and_identities_stay_and_the_given_maps_are_not_changed(an
 
 @pytest.mark.parametrize("name", PLANS)
 def test_advancing_to_the_end_is_the_replay(analysis, name):
-    plan = plan_for(analysis, name)
+    plan = PLANS[name]
     adapter = analysis.adapter
     h, context = adapter.embed(pixels(analysis))
     tokens = advance(adapter, plan, analysis.maps, h, context, 0, DEPTH)

@@ -58,6 +58,13 @@ PLANS = {
 }
 
 
+# Norm and what comes behind it, of attention and MLP: in ViT and DeiT, and in DINOv2.
+PARTS = (
+    (("layernorm_before", "dropout"), ("layernorm_after", "dropout")),
+    (("norm1", "layer_scale1"), ("norm2", "layer_scale2")),
+)
+
+
 @pytest.fixture(params=PLANS.values(), ids=list(PLANS))
 def plan(request: pytest.FixtureRequest) -> CompressionPlan:
     return request.param
@@ -65,7 +72,7 @@ def plan(request: pytest.FixtureRequest) -> CompressionPlan:
 
 @torch.no_grad()
 def naive_positions(model: PreTrainedModel, plan: CompressionPlan, maps: FittedMaps, images: Tensor) -> dict:
-    """All tokens at every position the plan keeps, block by block; ViT and DeiT classifiers only."""
+    """All tokens at every position the plan keeps, block by block; ViT, DeiT and DINOv2 classifiers only."""
     adapter = adapter_for(model)
     h = adapter.embed(images)[0]
     spans = {span.start: span for span in plan.spans}
@@ -78,10 +85,13 @@ def naive_positions(model: PreTrainedModel, plan: CompressionPlan, maps: FittedM
             b = spans[b].end
         else:
             layer = adapter.layers[b]
-            normed = layer.layernorm_before(h)
-            y = h + (halves[b, "attention"](normed) if (b, "attention") in halves else layer.attention(normed)[0])
-            normed = layer.layernorm_after(y)
-            write = halves[b, "mlp"](normed) if (b, "mlp") in halves else layer.mlp(normed)
+            first, second = PARTS[hasattr(layer, "norm1")]
+            normed = getattr(layer, first[0])(h)
+            found = halves[b, "attention"](normed) if (b, "attention") in halves else None
+            y = h + (getattr(layer, first[1])(layer.attention(normed)[0]) if found is None else found)
+            normed = getattr(layer, second[0])(y)
+            found = halves[b, "mlp"](normed) if (b, "mlp") in halves else None
+            write = getattr(layer, second[1])(layer.mlp(normed)) if found is None else found
             b += 1
             if b in spans and spans[b].map == "fold":
                 write = maps[spans[b]](write)
@@ -92,7 +102,9 @@ def naive_positions(model: PreTrainedModel, plan: CompressionPlan, maps: FittedM
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["vit-classifier", "deit-classifier", "deit-teacher", "vit-own-classifier"])
+@pytest.mark.parametrize(
+    "kind", ["vit-classifier", "deit-classifier", "deit-teacher", "vit-own-classifier", "dinov2-classifier"]
+)
 def test_a_replayed_plan_is_the_model_with_the_maps_put_in(kind, plan, images):
     model = make_model(kind)
     adapter, maps = adapter_for(model), random_maps(plan)

@@ -30,6 +30,8 @@ STOCK_CLASS = {
     "vit-own-classifier": "ViTForImageClassification",
     "deit-own": "DeiTModel",
     "deit-own-classifier": "DeiTForImageClassification",
+    "dinov2-own": "Dinov2Model",
+    "dinov2-own-classifier": "Dinov2ForImageClassification",
 }
 AUTO_CLASS = {
     "clip": AutoModelForZeroShotImageClassification,

@@ -42,7 +42,8 @@ def vit(depth: int = DEPTH, classes: int = 4) -> ViTForImageClassification:
 
 
 def dinov2() -> Dinov2Model:
-    return Dinov2Model(Dinov2Config(**{k: v for k, v in SIZES.items() if k != "intermediate_size"}, mlp_ratio=2))
+    sizes = {key: value for key, value in SIZES.items() if key != "intermediate_size"}
+    return Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2, initializer_range=0.3))
 
 
 def clip() -> CLIPModel:

@@ -17,6 +17,11 @@ _MAP_SETTINGS = {
     "block": ("attention", "mlp"),
 }
 _HALVES = ("full", "linear", "const")
+# What the stock configuration does not have.
+_OWN_FIELDS = (
+    "drop_path_rate", "block_maps", "token_reduction", "keep_rate", "reduction_layers", "reduction_options",
+    "restore_tokens",
+)  # fmt: skip
 
 
 @strict
@@ -38,6 +43,17 @@ class SimPruneDeiTConfig(DeiTConfig):
         One map for the whole: `{"kind": "linear"}`, `{"kind": "low_rank", "rank": 16}`, `{"kind": "mlp"}` or
         `{"kind": "res_mlp"}`. One for a half: `{"kind": "block", "attention": "linear", "mlp": "full"}`, where each
         half is "full", "linear" or "const". Anything else is an error that names the entry.
+    token_reduction (`str`, *optional*):
+        Method that makes patch tokens fewer on the way through the network, one that needs no training, such as
+        "tome". What cannot be done is a `ValueError` when the network is built, so that settings come in any order.
+    keep_rate (`float`, *optional*, defaults to 1.0):
+        Share of the patch tokens, in (0, 1], that goes on from every reduction layer.
+    reduction_layers (`list[int]`, *optional*):
+        0-based blocks at which tokens leave; a quarter, half and three quarters of the depth by default.
+    reduction_options (`dict`, *optional*):
+        Options of the method by name, such as `{"fuse": False}`.
+    restore_tokens (`bool`, *optional*, defaults to `False`):
+        Whether `last_hidden_state` has all patch tokens again, each from the token that stands for it.
     """
 
     model_type = "simprune_deit"
@@ -45,6 +61,11 @@ class SimPruneDeiTConfig(DeiTConfig):
     layer_norm_eps: float = 1e-6
     drop_path_rate: float | int = 0.0
     block_maps: dict[str, dict[str, Any]] | None = None
+    token_reduction: str | None = None
+    keep_rate: float | int = 1.0
+    reduction_layers: list[int] | tuple[int, ...] | None = None
+    reduction_options: dict[str, Any] | None = None
+    restore_tokens: bool = False
 
     def validate_drop_path_rate(self) -> None:
         if not 0.0 <= self.drop_path_rate < 1.0:
@@ -67,16 +88,19 @@ class SimPruneDeiTConfig(DeiTConfig):
         own._attn_implementation = config._attn_implementation  # not among the values
         return own
 
-    def to_stock(self) -> DeiTConfig:
+    def to_stock(self, ignore_reduction: bool = False) -> DeiTConfig:
         """The stock configuration of the same network; stochastic depth, which has no weights, is left out.
 
-        Raises `ValueError` where blocks are replaced, which a stock network cannot express.
+        Raises `ValueError` where blocks are replaced or tokens reduced, which a stock network cannot express; with
+        `ignore_reduction` it is the network without token reduction.
         """
+        stock = DeiTConfig.model_type
         if self.block_maps:
-            stock = DeiTConfig.model_type
             raise ValueError(f"block_maps: maps replace blocks {', '.join(self.block_maps)}, {stock!r} has none")
+        if self.token_reduction is not None and not ignore_reduction:
+            raise ValueError(f"token_reduction {self.token_reduction}: {stock!r} has none")
         values = self.to_dict()
-        for key in ("model_type", "drop_path_rate", "block_maps", "auto_map", "architectures"):
+        for key in ("model_type", "auto_map", "architectures", *_OWN_FIELDS):
             values.pop(key, None)
         return DeiTConfig.from_dict(values)
 

@@ -101,10 +101,13 @@ class SimPruneViTMapLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         half: str | None = None,
         num_queries: int | None = None,
+        reduction: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         if half is not None or num_queries is not None:
             raise ValueError("a replaced block has no halves: call it without half and num_queries")
+        if reduction is not None:
+            raise ValueError("a replaced block has no halves: tokens cannot be reduced there")
         return self.map(hidden_states)
 
 

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stock ViT: blocks that open between attention and MLP or are replaced, stochastic depth, strict loading."""
+"""The stock ViT: blocks that open for token reduction or are replaced, stochastic depth, strict loading."""
 
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.vit.modeling_vit import (
     ViTAttention,
     ViTEmbeddings,
@@ -17,12 +16,15 @@ from transformers.models.vit.modeling_vit import (
     ViTLayer,
     ViTModel,
     ViTPreTrainedModel,
-    eager_attention_forward,
 )
 from transformers.utils import logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
+from .blocks_simprune_vit import KEPT, PLAIN, BlockFunctions, check_key_bias, run_reduced
 from .configuration_simprune_vit import SimPruneViTConfig
 from .maps_simprune_vit import SimPruneViTMapLayer, replace_halves
+from .reduction_simprune_vit import INFERENCE_METHODS, BranchReducer, BranchWalk, ReductionStep, reducer_of
 
 
 logger = logging.get_logger(__name__)
@@ -38,111 +40,6 @@ _PLACEMENT_ARGUMENTS = (
     "quantization_config", "tp_plan", "tp_size", "use_kernels",
 )  # fmt: skip
 _INIT_ARGUMENTS = ("add_pooling_layer", "use_mask_token")
-
-
-class BlockFunctions(NamedTuple):
-    """The arithmetic of a block and of its halves, as they are or compiled."""
-
-    attention: Callable[..., Tensor]
-    mlp: Callable[..., Tensor]
-    block: Callable[..., Tensor]
-
-
-def run_attention(
-    layer: ViTLayer,
-    hidden_states: Tensor,
-    scale: Tensor | None,
-    attention_mask: Tensor | None,
-    hooked: bool,
-    num_queries: int | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """The attention half of a block with its residual.
-
-    `scale` (B, 1, 1) is that of stochastic depth, or None; `hooked` is False where the hook with which transformers
-    records attention weights must stay out, which is in compiled code; `num_queries` as in the block's `forward`.
-    """
-    normed = layer.layernorm_before(hidden_states)
-    if num_queries is not None:
-        update = _attend_first(layer.attention, normed, num_queries)
-        return _add(hidden_states[:, :num_queries], layer.dropout(update), scale)
-    attend = layer.attention if hooked else layer.attention.forward
-    update, _ = attend(normed, attention_mask, **kwargs)
-    return _add(hidden_states, layer.dropout(update), scale)
-
-
-def _attend_first(attention: nn.Module, hidden_states: Tensor, count: int) -> Tensor:
-    """What attention gives to the first `count` tokens, which still see all: (B, T, D) to (B, count, D)."""
-    if not isinstance(attention, ViTAttention):
-        return attention(hidden_states[:, :count])[0]
-    query, key, value = (
-        projection(tokens).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        for projection, tokens in (
-            (attention.q_proj, hidden_states[:, :count]),
-            (attention.k_proj, hidden_states),
-            (attention.v_proj, hidden_states),
-        )
-    )
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
-    dropout = attention.attention_dropout if attention.training else 0.0
-    mixed, _ = attend(attention, query, key, value, None, dropout=dropout, scaling=attention.scaling)
-    return attention.o_proj(mixed.flatten(2))
-
-
-def run_mlp(layer: ViTLayer, hidden_states: Tensor, scale: Tensor | None) -> Tensor:
-    """The MLP half of a block with its residual; `scale` as in `run_attention`."""
-    return _add(hidden_states, layer.dropout(layer.mlp(layer.layernorm_after(hidden_states))), scale)
-
-
-def run_block(
-    layer: ViTLayer,
-    hidden_states: Tensor,
-    attention_scale: Tensor | None,
-    mlp_scale: Tensor | None,
-    attention_mask: Tensor | None,
-    hooked: bool,
-    **kwargs: Any,
-) -> Tensor:
-    """Both halves, one after the other: without scales the stock block's arithmetic."""
-    hidden_states = run_attention(layer, hidden_states, attention_scale, attention_mask, hooked, **kwargs)
-    return run_mlp(layer, hidden_states, mlp_scale)
-
-
-def _add(residual: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
-    return update + residual if scale is None else torch.addcmul(residual, update, scale)
-
-
-def on_kept_samples(half: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`half` computed for the samples that stochastic depth keeps only; the others pass by unchanged."""
-
-    def run(layer: ViTLayer, hidden_states: Tensor, scale: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        rows = None if scale is None else scale.flatten().nonzero().squeeze(1)
-        # With no sample left all are computed, times zero: every parameter gets a gradient at every step.
-        if rows is None or not len(rows):
-            return half(layer, hidden_states, scale, *args, **kwargs)
-        # index_select, because the backward of indexing with a tensor is several times slower
-        kept = half(layer, hidden_states.index_select(0, rows), scale[rows], *args, **kwargs)
-        return hidden_states[:, : kept.shape[1]].index_copy(0, rows, kept)
-
-    return run
-
-
-def run_kept_block(
-    layer: ViTLayer,
-    hidden_states: Tensor,
-    attention_scale: Tensor | None,
-    mlp_scale: Tensor | None,
-    attention_mask: Tensor | None,
-    hooked: bool,
-    **kwargs: Any,
-) -> Tensor:
-    """`run_block` for the samples that stochastic depth keeps, in each half its own."""
-    hidden_states = KEPT.attention(layer, hidden_states, attention_scale, attention_mask, hooked, **kwargs)
-    return KEPT.mlp(layer, hidden_states, mlp_scale)
-
-
-PLAIN = BlockFunctions(run_attention, run_mlp, run_block)
-KEPT = BlockFunctions(on_kept_samples(run_attention), on_kept_samples(run_mlp), run_kept_block)
 
 
 class SimPruneViTLayer(ViTLayer):
@@ -166,24 +63,32 @@ class SimPruneViTLayer(ViTLayer):
         attention_mask: Tensor | None = None,
         half: str | None = None,
         num_queries: int | None = None,
+        reduction: ReductionStep | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The whole block, or with `half` "attention" or "mlp" that half with its residual; (B, T, D) to (B, T, D).
 
-        `num_queries`, with the attention half only: no more than that many tokens, the first, come out. They equal
-        those of the whole half at a fraction of its cost, which is all a loss on CLS needs of the last block.
+        attention_mask: added to the attention scores, (B, 1, T, T), or (B, 1, 1, T) for a bias of the keys.
+        num_queries: with the attention half only: no more than that many tokens, the first, come out. They equal
+            those of the whole half at a fraction of its cost, which is all a loss on CLS needs of the last block.
+        reduction: with the whole block only: makes the patch tokens fewer at its site, (B, T, D) to (B, T', D).
         """
+        check_key_bias(self.attention, attention_mask)
         # Attention weights are recorded by a hook, which compiled code cannot run.
         run = PLAIN if kwargs.get("output_attentions") else self.functions
         hooked = run is PLAIN
         # How many samples are kept is known at once on a CPU only, and in no compiled code.
         on_cpu = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_cpu and run is self.functions is PLAIN and attention_mask is None:
+        if on_cpu and run is self.functions is PLAIN and isinstance(attention_mask, Tensor | None):
             run = KEPT
         # The scales are drawn outside of what is compiled: there, a rate is a constant and would cost a graph a block.
         if half is None:
             scales = self._residual_scale(hidden_states), self._residual_scale(hidden_states)
+            if reduction is not None:
+                return run_reduced(run, self, hidden_states, *scales, attention_mask, hooked, reduction, **kwargs)
             return run.block(self, hidden_states, *scales, attention_mask, hooked, **kwargs)
+        if reduction is not None:
+            raise ValueError(f"token reduction takes the whole block, got half {half!r}")
         scale = self._residual_scale(hidden_states)
         if half == "attention":
             return run.attention(self, hidden_states, scale, attention_mask, hooked, num_queries, **kwargs)
@@ -278,8 +183,11 @@ class SimPruneViTPreTrainedModel(ViTPreTrainedModel):
             source = name if config is None else config
             config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **hub, **kwargs)
             kwargs.update(hub)
+        if config.token_reduction is not None:
+            with torch.device("meta"):
+                cls(config)  # what cannot be done is said before weights are fetched
         stock, info = cls._stock_class.from_pretrained(
-            name, *model_args, config=config.to_stock(), output_loading_info=True, **kwargs
+            name, *model_args, config=config.to_stock(ignore_reduction=True), output_loading_info=True, **kwargs
         )
         init_arguments = {key: kwargs[key] for key in _INIT_ARGUMENTS if key in kwargs}
         model, handed_over = super().from_pretrained(
@@ -350,6 +258,18 @@ def _build_layer(config: SimPruneViTConfig, index: int) -> SimPruneViTLayer | Si
     return SimPruneViTLayer(config, config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1), spec)
 
 
+def _build_reducer(config: SimPruneViTConfig, num_prefix: int, grid: tuple[int, int]) -> BranchReducer | None:
+    """What `config` says of token reduction, None if nothing. Raises `ValueError` for what cannot be done."""
+    reducer = reducer_of(config, INFERENCE_METHODS, num_prefix, grid)
+    for index in reducer.layers if reducer is not None else ():
+        spec = (config.block_maps or {}).get(str(index), {"kind": "block", "attention": "full"})
+        if spec["kind"] != "block":
+            raise ValueError(f"reduction layer {index}: block_maps replaces it, and a map has no halves")
+        if spec["attention"] != "full" and (reducer.needs != "nothing" or reducer.site == "attention"):
+            raise ValueError(f"reduction layer {index}: block_maps replaces its attention, which {reducer.name} needs")
+    return reducer
+
+
 class SimPruneViTModel(SimPruneViTPreTrainedModel, ViTModel):
     """[`ViTModel`] whose blocks are [`SimPruneViTLayer`]s; without token reduction and maps it computes the same."""
 
@@ -361,7 +281,53 @@ class SimPruneViTModel(SimPruneViTPreTrainedModel, ViTModel):
         super().__init__(config, add_pooling_layer=add_pooling_layer, use_mask_token=use_mask_token)
         config.validate_block_maps()  # again: `from_pretrained` may have changed the number of blocks
         self.layers = nn.ModuleList(_build_layer(config, index) for index in range(config.num_hidden_layers))
+        self.reducer = _build_reducer(config, self.num_prefix_tokens, self._grid(*self.embeddings.image_size))
         self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """As in [`ViTModel`]. With `config.token_reduction` the patch tokens grow fewer on the way.
+
+        `last_hidden_state` is then (B, prefix + K, D), with `config.restore_tokens` (B, prefix + N, D) in the order of
+        the patches; `hidden_states` are the tokens there are behind every block.
+        """
+        if self.reducer is None:
+            return super().forward(pixel_values, bool_masked_pos, interpolate_pos_encoding, attention_mask, **kwargs)
+        if attention_mask is not None:
+            raise ValueError(f"token_reduction {self.reducer.name} takes no attention_mask")
+        return self._forward_reduced(pixel_values, bool_masked_pos, interpolate_pos_encoding, **kwargs)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def _forward_reduced(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None,
+        interpolate_pos_encoding: bool | None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        tokens = self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)
+        grid = self._grid(*pixel_values.shape[-2:])
+        walk = BranchWalk(self.reducer, self.num_prefix_tokens, grid, records_before=self.config.restore_tokens)
+        for index, layer in enumerate(self.layers):
+            tokens = walk.block(index, layer, tokens, **kwargs)
+        if self.config.restore_tokens:
+            tokens = walk.restore(tokens)
+        tokens = self.layernorm(tokens)
+        pooled = self.pooler(tokens) if self.pooler is not None else None
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the patches of an image of that size in pixels."""
+        rows, columns = self.embeddings.patch_embeddings.projection.stride
+        return height // rows, width // columns
 
     @property
     def num_prefix_tokens(self) -> int:

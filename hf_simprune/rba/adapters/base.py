@@ -28,6 +28,9 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     classes: ClassVar[tuple[type[PreTrainedModel], ...]]  # the kinds of model it takes, and what is derived from them
+    # Modules of a block around a half, by the half's name, in the families whose blocks this package can replace.
+    norms: ClassVar[dict[str, str]] = {}
+    scales: ClassVar[dict[str, str]] = {}  # LayerScale
 
     def __init__(self, model: PreTrainedModel) -> None:
         if model.training:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DINOv2 with and without registers: LayerScale after both halves, and a classifier on CLS and mean patch."""
+"""DINOv2, stock and this package's own whose blocks may already be maps, and DINOv2 with registers, stock only.
+
+LayerScale after both halves, and a classifier on CLS and mean patch.
+"""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -19,12 +22,20 @@ from .base import Adapter, attend_first, classifier_head
 
 
 class Dinov2Adapter(Adapter):
-    """[`Dinov2Model`] and [`Dinov2ForImageClassification`], with either of their two MLPs."""
+    """[`Dinov2Model`] and [`Dinov2ForImageClassification`], with either of their two MLPs, and what is derived."""
 
     family = "dinov2"
     classes = (Dinov2Model, Dinov2ForImageClassification)
+    # A block, its attention, its two kinds of MLP.
+    parts: ClassVar[tuple[type, type, type, type]] = (
+        modeling_dinov2.Dinov2Layer,
+        modeling_dinov2.Dinov2Attention,
+        modeling_dinov2.Dinov2MLP,
+        modeling_dinov2.Dinov2SwiGLUFFN,
+    )
     eager: ClassVar[Callable[..., Any]] = staticmethod(modeling_dinov2.eager_attention_forward)
-    gated_mlp: ClassVar[type] = modeling_dinov2.Dinov2SwiGLUFFN
+    norms = {"attention": "norm1", "mlp": "norm2"}
+    scales = {"attention": "layer_scale1", "mlp": "layer_scale2"}
 
     @property
     def tower(self) -> nn.Module:
@@ -47,6 +58,16 @@ class Dinov2Adapter(Adapter):
         # The classifier sees the mean patch token beside CLS, and without labels it passes both on as they are.
         return None if isinstance(self.model, self.classes[1:]) else self.num_prefix_tokens
 
+    def is_block(self, b: int) -> bool:
+        return isinstance(self.layers[b], self.parts[0])
+
+    def halves(self, b: int) -> tuple[str, ...]:
+        if not self.is_block(b):
+            return ()
+        _, attention, *mlps = self.parts
+        found = {"attention": (self.layers[b].attention, attention), "mlp": (self.layers[b].mlp, tuple(mlps))}
+        return tuple(half for half, (module, full) in found.items() if isinstance(module, full))
+
     def embed(self, pixel_values: Tensor) -> tuple[Tensor, Any]:
         return self.tower.embeddings(pixel_values), None
 
@@ -57,6 +78,8 @@ class Dinov2Adapter(Adapter):
         attention = self.layers[b].attention
         if queries is None:
             update = attention(x)[0]
+        elif "attention" not in self.halves(b):
+            update = attention(x[:, :queries])[0]
         else:
             projections = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
             update = attend_first(attention, projections, x, queries, attention.scaling, self.eager)
@@ -81,7 +104,7 @@ class Dinov2Adapter(Adapter):
 
     def mlp_output(self, b: int) -> nn.Linear:
         mlp = self.layers[b].mlp
-        return mlp.down_proj if isinstance(mlp, self.gated_mlp) else mlp.fc2
+        return mlp.down_proj if isinstance(mlp, self.parts[3]) else mlp.fc2
 
     def mlp_scale(self, b: int) -> nn.Parameter | None:
         return self.layers[b].layer_scale2.lambda1
@@ -92,8 +115,13 @@ class Dinov2WithRegistersAdapter(Dinov2Adapter):
 
     family = "dinov2_with_registers"
     classes = (Dinov2WithRegistersModel, Dinov2WithRegistersForImageClassification)
+    parts = (
+        modeling_dinov2_with_registers.Dinov2WithRegistersLayer,
+        modeling_dinov2_with_registers.Dinov2WithRegistersAttention,
+        modeling_dinov2_with_registers.Dinov2WithRegistersMLP,
+        modeling_dinov2_with_registers.Dinov2WithRegistersSwiGLUFFN,
+    )
     eager = staticmethod(modeling_dinov2_with_registers.eager_attention_forward)
-    gated_mlp = modeling_dinov2_with_registers.Dinov2WithRegistersSwiGLUFFN
 
     @property
     def num_prefix_tokens(self) -> int:

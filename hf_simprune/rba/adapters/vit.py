@@ -16,6 +16,7 @@ class ViTAdapter(Adapter):
     family = "vit"
     classes = (ViTModel, ViTForImageClassification)
     parts: ClassVar[tuple[type, type, type]] = (ViTLayer, ViTAttention, ViTMLP)  # a block, its halves in full
+    norms = {"attention": "layernorm_before", "mlp": "layernorm_after"}
 
     @property
     def tower(self) -> nn.Module:

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of the SimPrune DINOv2."""
+
+import os
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
+
+
+# What an entry of `block_maps` says besides its kind.
+_MAP_SETTINGS = {
+    "linear": (),
+    "low_rank": ("rank",),
+    "mlp": (),
+    "res_mlp": (),
+    "block": ("attention", "mlp"),
+}
+_HALVES = ("full", "linear", "const")
+# What the stock configuration does not have.
+_OWN_FIELDS = (
+    "block_maps", "token_reduction", "keep_rate", "reduction_layers", "reduction_options", "restore_tokens",
+)  # fmt: skip
+# What a configuration says about a backbone of feature maps, which this family has not.
+_STAGES = ("stage_names", "out_features", "out_indices")
+
+
+@strict
+class SimPruneDinov2Config(Dinov2Config):
+    r"""
+    A [`Dinov2Config`] with stochastic depth that grows with depth, the LayerScale of DINOv2's training, and maps in
+    the place of blocks.
+
+    Read from a stock folder or repository (`model_type` "dinov2"), it takes that file's values and, for what the file
+    leaves out, the defaults of [`Dinov2Config`] (`layerscale_value` 1.0), so that the network computes what the stock
+    one computes. Any other `model_type` raises a `ValueError`. Nothing is kept of the stages of a feature pyramid
+    (`out_features`), which a network that drops tokens has not.
+
+    layerscale_value (`float`, *optional*, defaults to 1e-5):
+        What LayerScale starts from in a new network.
+    drop_path_rate (`float`, *optional*, defaults to 0.0):
+        Probability, in [0, 1), with which the last block's residual branches are skipped for a sample in training;
+        it grows linearly over the blocks, from 0 (https://huggingface.co/papers/1603.09382). The stock network has
+        the same rate in all blocks.
+    block_maps (`dict[str, dict]`, *optional*):
+        What stands in for a block, by its index ("0" is the first) among the `num_hidden_layers` modules there are.
+        One map for the whole: `{"kind": "linear"}`, `{"kind": "low_rank", "rank": 16}`, `{"kind": "mlp"}` or
+        `{"kind": "res_mlp"}`. One for a half: `{"kind": "block", "attention": "linear", "mlp": "full"}`, where each
+        half is "full", "linear" or "const"; a replaced half has no LayerScale. Anything else is an error that names
+        the entry.
+    token_reduction (`str`, *optional*):
+        Method that makes patch tokens fewer on the way through the network, one that needs no training, such as
+        "tome". What cannot be done is a `ValueError` when the network is built, so that settings come in any order.
+    keep_rate (`float`, *optional*, defaults to 1.0):
+        Share of the patch tokens, in (0, 1], that goes on from every reduction layer.
+    reduction_layers (`list[int]`, *optional*):
+        0-based blocks at which tokens leave; a quarter, half and three quarters of the depth by default.
+    reduction_options (`dict`, *optional*):
+        Options of the method by name, such as `{"fuse": False}`.
+    restore_tokens (`bool`, *optional*, defaults to `False`):
+        Whether `last_hidden_state` has all patch tokens again, each from the token that stands for it. The image
+        classifier, which averages the patch tokens, needs it.
+    """
+
+    model_type = "simprune_dinov2"
+
+    layerscale_value: float = 1e-5
+    block_maps: dict[str, dict[str, Any]] | None = None
+    token_reduction: str | None = None
+    keep_rate: float | int = 1.0
+    reduction_layers: list[int] | tuple[int, ...] | None = None
+    reduction_options: dict[str, Any] | None = None
+    restore_tokens: bool = False
+
+    def validate_drop_path_rate(self) -> None:
+        if not 0.0 <= self.drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate must be at least 0 and below 1, got {self.drop_path_rate}")
+
+    def validate_block_maps(self) -> None:
+        for key, spec in (self.block_maps or {}).items():
+            fault = _map_fault(key, spec, self.num_hidden_layers, self.hidden_size)
+            if fault:
+                raise ValueError(f"block_maps[{key!r}] = {spec}: {fault}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if key not in _STAGES}
+
+    @classmethod
+    def from_stock(cls, config: Dinov2Config) -> "SimPruneDinov2Config":
+        """The same network as the stock `config` describes.
+
+        A `config` of the own type is copied: of code that comes with a local folder, transformers makes two classes.
+        """
+        values = config.to_dict()
+        own = cls.from_dict(values if config.model_type == cls.model_type else _as_own(values))
+        own._attn_implementation = config._attn_implementation  # not among the values
+        return own
+
+    def to_stock(self, ignore_reduction: bool = False) -> Dinov2Config:
+        """The stock configuration of the same network, without stochastic depth, which there is not the same.
+
+        Raises `ValueError` where blocks are replaced or tokens reduced, which a stock network cannot express; with
+        `ignore_reduction` it is the network without token reduction.
+        """
+        stock = Dinov2Config.model_type
+        if self.block_maps:
+            raise ValueError(f"block_maps: maps replace blocks {', '.join(self.block_maps)}, {stock!r} has none")
+        if self.token_reduction is not None and not ignore_reduction:
+            raise ValueError(f"token_reduction {self.token_reduction}: {stock!r} has none")
+        values = self.to_dict()
+        for key in ("model_type", "drop_path_rate", "auto_map", "architectures", *_OWN_FIELDS):
+            values.pop(key, None)
+        return Dinov2Config.from_dict(values)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        found = values.get("model_type", Dinov2Config.model_type)
+        if found == Dinov2Config.model_type:
+            stock = Dinov2Config.from_dict(dict(values)).to_dict()
+            values = _as_own({**values, **{key: stock[key] for key in Dinov2Config.__annotations__ if key in stock}})
+        elif found != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a model of type {found!r}: {cls.__name__} takes "
+                f"{Dinov2Config.model_type!r} and {cls.model_type!r}"
+            )
+        return values, kwargs
+
+
+def _map_fault(key: str, spec: dict[str, Any], depth: int, width: int) -> str | None:
+    """What is wrong with an entry of `block_maps`, None if nothing is."""
+    if not (key.isdecimal() and key == str(int(key)) and int(key) < depth):
+        return f"the network has blocks 0 to {depth - 1}"
+    kind = spec.get("kind")
+    if not isinstance(kind, str) or kind not in _MAP_SETTINGS:
+        return f"kind {kind!r} is unknown, choose one of {', '.join(_MAP_SETTINGS)}"
+    settings = {name: value for name, value in spec.items() if name != "kind"}
+    if sorted(settings) != sorted(_MAP_SETTINGS[kind]):
+        return f"kind {kind!r} takes {' and '.join(_MAP_SETTINGS[kind]) or 'nothing else'}"
+    if kind == "low_rank" and not (type(spec["rank"]) is int and 1 <= spec["rank"] <= width):
+        return f"rank must be a whole number from 1 to {width}"
+    if kind == "block":
+        for half, found in settings.items():
+            if found not in _HALVES:
+                return f"{half} must be one of {', '.join(_HALVES)}"
+        if set(settings.values()) == {"full"}:
+            return "nothing is replaced, leave the entry out"
+    return None
+
+
+def _as_own(stock: dict[str, Any]) -> dict[str, Any]:
+    own = {key: value for key, value in stock.items() if key not in ("architectures", "auto_map", *_STAGES)}
+    return {**own, "model_type": SimPruneDinov2Config.model_type}
+
+
+__all__ = ["SimPruneDinov2Config"]
