@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a training run: the loss curve, and which patches were pruned in the views of an image."""
+"""Pictures of a training run: the loss curve, and which patches were pruned or merged in the views of an image."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
@@ -19,6 +20,7 @@ from .errors import InputError
 # Okabe and Ito's palette: told apart by colour-blind readers and in print.
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 _KNN_PREFIX = "knn_accuracy"
+_OUTLINE = "#222222"
 
 
 def plot_loss_curve(
@@ -70,18 +72,21 @@ def plot_loss_curve(
 
 @dataclass(frozen=True)
 class PrunedView:
-    """One view of an image and what was pruned of it at several moments of training.
+    """One view of an image and what became of its patches, at several moments of training or after several stages.
 
     Attributes:
         title: such as "student, view A".
         image: (H, W, 3) floats in 0..1, as the network saw it but without the normalisation.
         stage_dropped: one (h, w) integer array a moment, for the h x w patches: 0 where the patch was kept to the
             end, s where the s-th reduction stage dropped it.
+        tokens: one (h, w) integer array a moment, the token that each patch is in, where methods merge them: patches
+            of one number are one token. Dropped patches count for nothing, whatever their number.
     """
 
     title: str
     image: np.ndarray
     stage_dropped: Sequence[np.ndarray]
+    tokens: Sequence[np.ndarray] | None = None
 
 
 def plot_pruned_tokens(
@@ -91,13 +96,14 @@ def plot_pruned_tokens(
     png: str | Path,
     title: str | None = None,
 ) -> None:
-    """Draw each view as a row: first the view itself, then one panel a moment with its pruned patches marked.
+    """Draw each view as a row: first the view itself, then one panel a moment with what became of its patches.
 
     A kept patch shows the image; a dropped one is faded, tinted and framed in the colour of the stage that dropped it.
+    Merged patches have their mean colour, and an outline around each token's region.
 
     Args:
         views: the rows.
-        moments: names of the columns, such as "start", "middle", "end of the curriculum".
+        moments: names of the columns, such as "start", "middle", "end of the curriculum", or of stages.
         stages: names of the reduction stages in order, such as "block 3".
         png: file to write.
 
@@ -113,21 +119,30 @@ def plot_pruned_tokens(
     for row, view in zip(axes, views):
         row[0].imshow(np.clip(view.image, 0, 1), interpolation="nearest")
         row[0].set_ylabel(view.title, fontsize=11)
-        for axis, grid in zip(row[1:], view.stage_dropped):
-            axis.imshow(_tinted(view.image, grid, colors), interpolation="nearest")
+        for axis, grid, merged in zip(row[1:], view.stage_dropped, _merged(view)):
+            axis.imshow(_tinted(_mean_colours(view.image, merged), grid, colors), interpolation="nearest")
             _frame_patches(axis, view.image, grid, colors)
+            _outline_tokens(axis, view.image, merged)
             kept = int((grid == 0).sum())
-            axis.set_xlabel(f"{kept} of {grid.size} patches kept", fontsize=8)
+            left = f"{kept} of {grid.size} patches kept"
+            if merged.any():
+                groups = len(np.unique(merged[merged > 0])) + ((merged == 0) & (grid == 0)).sum()
+                left = f"{kept} patches in {groups} group{'s' if groups > 1 else ''}"
+            axis.set_xlabel(left, fontsize=8)
     for axis, name in zip(axes[0], ["the view", *moments]):
         axis.set_title(name, fontsize=11)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     handles = [Patch(facecolor="white", edgecolor="0.4", label="kept: shown as it is")]
-    handles += [
-        Patch(facecolor=_veil(np.array(to_rgb(color))), edgecolor=color, label=f"dropped at {name}")
-        for color, name in zip(colors, stages)
-    ]
+    merges = any(merged.any() for view in views for merged in _merged(view))
+    if merges:
+        handles.append(Patch(facecolor="0.8", edgecolor=_OUTLINE, label="merged: mean colour of the outlined group"))
+    if not merges or any(grid.any() for view in views for grid in view.stage_dropped):
+        handles += [
+            Patch(facecolor=_veil(np.array(to_rgb(color))), edgecolor=color, label=f"dropped at {name}")
+            for color, name in zip(colors, stages)
+        ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=10)
     if title:
         figure.suptitle(title, fontsize=12)
@@ -154,12 +169,50 @@ def _edges(length: int, parts: int) -> np.ndarray:
     return np.linspace(0, length, parts + 1)
 
 
-def _tinted(image: np.ndarray, grid: np.ndarray, colors: Sequence[str]) -> np.ndarray:
-    """(H, W, 3): the image with each dropped patch blended towards white and its stage's colour."""
+def _merged(view: PrunedView) -> list[np.ndarray]:
+    """For every panel (h, w): the number of each patch's token, from 1; 0 where it is alone in it, or dropped."""
+    if view.tokens is None:
+        return [np.zeros_like(grid) for grid in view.stage_dropped]
+    found = []
+    for grid, tokens in zip(view.stage_dropped, view.tokens):
+        names, places, sizes = np.unique(tokens.ravel(), return_inverse=True, return_counts=True)
+        alone = (sizes[places] < 2) | (grid.ravel() > 0)
+        found.append(np.where(alone, 0, places + 1).reshape(grid.shape))
+    return found
+
+
+def _mean_colours(image: np.ndarray, merged: np.ndarray) -> np.ndarray:
+    """(H, W, 3): the image with every merged token's patches in their mean colour."""
+    numbers = merged[_patch_of_pixels(image, merged)]
+    shown = np.clip(image, 0, 1)
+    for number in np.unique(merged[merged > 0]):
+        shown[numbers == number] = shown[numbers == number].mean(axis=0)
+    return shown
+
+
+def _outline_tokens(axis: Axes, image: np.ndarray, merged: np.ndarray) -> None:
+    """Lines between neighbouring patches of different tokens, at least one of them merged, and around the image."""
+    ys, xs = _edges(image.shape[0], merged.shape[0]) - 0.5, _edges(image.shape[1], merged.shape[1]) - 0.5
+    padded = np.pad(merged, 1)
+    lines = []
+    for row, col in zip(*np.nonzero(padded[:-1, 1:-1] != padded[1:, 1:-1])):
+        lines.append([(xs[col], ys[row]), (xs[col + 1], ys[row])])
+    for row, col in zip(*np.nonzero(padded[1:-1, :-1] != padded[1:-1, 1:])):
+        lines.append([(xs[col], ys[row]), (xs[col], ys[row + 1])])
+    axis.add_collection(LineCollection(lines, colors=_OUTLINE, linewidths=1.2))
+
+
+def _patch_of_pixels(image: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices that spread a (h, w) grid over the (H, W) pixels of an image."""
     height, width = image.shape[:2]
     rows = np.minimum((np.arange(height) + 0.5) * grid.shape[0] / height, grid.shape[0] - 1e-9).astype(int)
     cols = np.minimum((np.arange(width) + 0.5) * grid.shape[1] / width, grid.shape[1] - 1e-9).astype(int)
-    stage = grid[rows][:, cols]
+    return np.ix_(rows, cols)
+
+
+def _tinted(image: np.ndarray, grid: np.ndarray, colors: Sequence[str]) -> np.ndarray:
+    """(H, W, 3): the image with each dropped patch blended towards white and its stage's colour."""
+    stage = grid[_patch_of_pixels(image, grid)]
     palette = np.array([(1.0, 1.0, 1.0), *map(to_rgb, colors)])[stage]
     shown = np.clip(image, 0, 1)
     return np.where((stage > 0)[..., None], 0.15 * shown + 0.85 * _veil(palette), shown)
@@ -182,6 +235,11 @@ def _check_views(views: Sequence[PrunedView], moments: Sequence[str], stages: Se
     if not views:
         raise InputError(f"{png}: there is no view to draw")
     for view in views:
+        if view.tokens is not None and len(view.tokens) != len(view.stage_dropped):
+            raise InputError(
+                f"{png}: view {view.title!r} has {len(view.tokens)} arrays of tokens for "
+                f"{len(view.stage_dropped)} grids"
+            )
         if len(view.stage_dropped) != len(moments):
             raise InputError(
                 f"{png}: view {view.title!r} has {len(view.stage_dropped)} grids, but there are {len(moments)} moments"

@@ -113,11 +113,66 @@ def test_patches_lie_where_the_grid_says(tmp_path):
     assert width == pytest.approx(2 * height, rel=0.05)
 
 
+def naive_panel(image, stages, tokens, side):
+    """Which colour each patch shows, patch by patch: None where it is dropped."""
+    shown = {}
+    for patch, token in enumerate(tokens.flat):
+        row, col = divmod(patch, side)
+        members = [p for p, other in enumerate(tokens.flat) if other == token and stages.flat[p] == 0]
+        pixels = [image[8 * (p // side) : 8 * (p // side) + 8, 8 * (p % side) : 8 * (p % side) + 8] for p in members]
+        if stages.flat[patch] == 0:
+            shown[row, col] = np.mean(pixels, axis=(0, 1, 2)), len(members)
+    return shown
+
+
+def test_merged_patches_have_their_mean_colour_and_an_outline(tmp_path):
+    """Patches of one plain colour each, five of them one token, three another one, two dropped, the others alone."""
+    side, colors = 4, np.random.default_rng(5).integers(20, 236, (4, 4, 3))
+    image = colors.repeat(8, axis=0).repeat(8, axis=1) / 255
+    tokens = np.arange(16).reshape(4, 4)
+    tokens[0, :3], tokens[1, 1], tokens[3, 0], tokens[3, 3] = 3, 3, 7, 7
+    stages = np.zeros((4, 4), int)
+    stages[2, 1:3] = 1
+    tokens[2, 1:3] = -1
+    view = PrunedView("A", image, [stages], [tokens])
+    plot_pruned_tokens([view], ["end"], ["block 1"], tmp_path / "tokens.png")
+    picture = pixels(tmp_path / "tokens.png")
+    plot_pruned_tokens([PrunedView("A", image, [stages])], ["end"], ["block 1"], tmp_path / "plain.png")
+    plain = pixels(tmp_path / "plain.png")
+    expected = naive_panel(image, stages, tokens, side)
+    assert sorted(size for _, size in expected.values()) == [1] * 6 + [3] * 3 + [5] * 5
+    patch = near(plain, colors[0, 3], 2) / 2  # of the view and of the panel
+    for (row, col), (color, size) in expected.items():
+        drawn = near(picture, 255 * color, 2)
+        if size > 1:
+            assert drawn == pytest.approx(size * patch, rel=0.12)  # lines cover a little
+            assert near(picture, colors[row, col], 2) == pytest.approx(patch, rel=0.12)  # in the view alone
+        else:
+            assert drawn == pytest.approx(2 * patch, rel=0.12)
+    outlined = near(picture, (34, 34, 34)) - near(plain, (34, 34, 34))
+    # a dozen sides of patches at the least, of about sqrt(patch) pixels each
+    assert outlined > 12 * patch**0.5
+
+
+def test_patches_that_are_alone_look_as_without_tokens(tmp_path):
+    image, stages = np.random.default_rng(0).random((16, 16, 3)), np.zeros((4, 4), int)
+    stages[0] = 1
+    alone = np.where(stages > 0, -1, np.arange(16).reshape(4, 4))
+    drawn = []
+    for tokens in (None, [alone]):
+        plot_pruned_tokens([PrunedView("A", image, [stages], tokens)], ["end"], ["block 1"], tmp_path / "x.png")
+        drawn.append(pixels(tmp_path / "x.png"))
+    assert np.array_equal(*drawn)
+
+
 def test_views_that_do_not_fit_are_named(tmp_path):
     image, grid = np.zeros((8, 8, 3)), np.full((2, 2), 2)
     with pytest.raises(InputError, match="'A' has 1 grids, but there are 2 moments"):
         plot_pruned_tokens([PrunedView("A", image, [grid])], ["start", "end"], ["block 1"], tmp_path / "x.png")
     with pytest.raises(InputError, match="'A' has stages 2 to 2; 0 to 1 exist"):
         plot_pruned_tokens([PrunedView("A", image, [grid])], ["start"], ["block 1"], tmp_path / "x.png")
+    with pytest.raises(InputError, match="'A' has 2 arrays of tokens for 1 grids"):
+        view = PrunedView("A", image, [0 * grid], [grid, grid])
+        plot_pruned_tokens([view], ["start"], ["block 1"], tmp_path / "x.png")
     with pytest.raises(InputError, match="no view"):
         plot_pruned_tokens([], [], [], tmp_path / "x.png")

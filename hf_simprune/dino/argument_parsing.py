@@ -9,8 +9,8 @@ from .arguments import ARGUMENT_GROUPS, DinoArguments
 TRAINING_OPTIONS = Options(
     kind=DinoArguments,
     groups=ARGUMENT_GROUPS,
-    description="Pretrain a vision transformer with DINO and SimPrune. Values in brackets are chosen when an option "
-    "is not given; what was chosen is printed at start.",
+    description="Pretrain a vision transformer with DINO or DINOv2 and SimPrune. Values in brackets are chosen when "
+    "an option is not given; what was chosen is printed at start.",
     required=("output_dir", "dataset_name_or_path"),
     aliases=ALIASES,
 )

@@ -44,8 +44,9 @@ class ModelArguments:
 
     architecture: str | None = option(
         None,
-        "A new network: vit_micro, vit_tiny, vit_small, vit_base, deit_tiny, deit_small, deit_base (vit_small); "
-        "excludes --model_name_or_path, a stock ViT or DeiT.",
+        "A new network: vit_micro, vit_tiny, vit_small, vit_base, deit_tiny, deit_small, deit_base, dinov2_tiny, "
+        "dinov2_small, dinov2_base (vit_small, dinov2_small for --objective dinov2); excludes --model_name_or_path, "
+        "a stock ViT, DeiT or DINOv2.",
     )
     config_overrides: str | None = option(
         None, "Changes to --architecture, as in num_hidden_layers=4,hidden_size=128."
@@ -64,20 +65,29 @@ class ReductionArguments:
 
     _argument_group_name = "token reduction"
 
-    token_reduction: str = option("simprune", "simprune, random or none.")
+    token_reduction: str = option(
+        "simprune",
+        "simprune, simprune_dynamic, evit, tome, mctf, expedit, patch_slimming (adapted to self-supervised training), "
+        "self_slimmed, random or none (dense).",
+    )
     keep_rate: float = option(0.8, "Share of the patch tokens each stage keeps, in (0, 1].")
     reduction_layers: list[int] | None = option(
-        None, "0-based blocks, between whose attention and MLP tokens leave (a quarter, half and three quarters deep)."
+        None, "0-based blocks in which tokens leave or merge (a quarter, half and three quarters deep)."
     )
     curriculum: str = option(
         "linear", "linear: from similar to dissimilar tokens kept; easy, hard: one end only; step: in stages."
     )
-    matching: str = option("one_way", "one_way: student to teacher; symmetric: both ways.")
+    matching: str = option(
+        "one_way", "one_way: student to teacher; symmetric: both ways. For simprune's two variants."
+    )
+    reduction_options: str | None = option(
+        None, "Further options of the method, as in fuse=false, or schedule=every_layer,r=8."
+    )
 
 
 @dataclass(kw_only=True)
 class DistillationArguments:
-    """DINO's heads, temperatures and teacher."""
+    """Heads, temperatures and teacher."""
 
     _argument_group_name = "self-distillation"
 
@@ -96,6 +106,34 @@ class DistillationArguments:
     freeze_last_layer_steps: int | None = option(None, "The same in optimiser steps.")
     auto_scale: bool = option(
         False, "Adapt out_dim, teacher_temp and momentum_teacher to the number of images; given values win."
+    )
+
+
+@dataclass(kw_only=True)
+class ObjectiveArguments:
+    """What is minimised."""
+
+    _argument_group_name = "objective"
+
+    objective: str = option("dino", "dino, or dinov2: with iBOT's loss on masked patches and KoLeo.")
+
+
+@dataclass(kw_only=True)
+class Dinov2Arguments:
+    """What --objective dinov2 adds."""
+
+    _argument_group_name = "DINOv2"
+
+    dino_loss_weight: float = option(1.0, "Weight of DINO's loss on CLS.")
+    ibot_loss_weight: float = option(1.0, "Weight of iBOT's loss on masked patches.")
+    koleo_loss_weight: float = option(0.1, "Weight of KoLeo, which spreads the CLS features of a batch.")
+    centering: str = option("sinkhorn_knopp", "Of the teacher's logits: sinkhorn_knopp, or centering by an average.")
+    shared_heads: bool = option(False, "One head for CLS and patches instead of two.")
+    mask_probability: float = option(0.5, "Probability that a global view of the student is masked.")
+    mask_ratio_min: float = option(0.1, "Smallest share of the patches of a masked view, in [0, 1).")
+    mask_ratio_max: float = option(0.5, "Largest share.")
+    masked_policy: str = option(
+        "pair", "SimPrune and masked tokens: pair prunes them with the teacher's in their place; keep never does."
     )
 
 
@@ -183,7 +221,9 @@ ARGUMENT_GROUPS = (
     CheckpointArguments,
     ModelArguments,
     ReductionArguments,
+    ObjectiveArguments,
     DistillationArguments,
+    Dinov2Arguments,
     AugmentationArguments,
     OptimizationArguments,
     LoggingArguments,
@@ -201,7 +241,9 @@ class DinoArguments(
     CheckpointArguments,
     ModelArguments,
     ReductionArguments,
+    ObjectiveArguments,
     DistillationArguments,
+    Dinov2Arguments,
     AugmentationArguments,
     OptimizationArguments,
     LoggingArguments,

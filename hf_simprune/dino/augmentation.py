@@ -11,6 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from .dinov2.masking import BlockMasking
+
 
 GLOBAL_VIEWS = 2
 JITTER_OPS = ("brightness", "contrast", "saturation", "hue")
@@ -19,8 +21,8 @@ BLUR_SIGMA = (0.1, 2.0)
 
 _LOG_RATIO = (float(np.log(3 / 4)), float(np.log(4 / 3)))
 _CROP_TRIES = 10
-# Last word of the Philox counter: keeps the streams of crops and of the epoch's order apart.
-_CROPS_DOMAIN, _ORDER_DOMAIN = 0, 1
+# Last word of the Philox counter: keeps the streams of crops, of the epoch's order and of masks apart.
+_CROPS_DOMAIN, _ORDER_DOMAIN, MASKS_DOMAIN = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class AugmentationConfig:
 
     Sizes are pixels, scales are (smallest, largest) parts of the image's area, probabilities lie in [0, 1],
     `color_jitter` is (brightness, contrast, saturation, hue) with hue in turns of the colour circle (at most 0.5).
-    `blur_prob` and `solarize_prob` are (first global crop, second global crop, local crops).
+    `blur_prob` and `solarize_prob` are (first global crop, second global crop, local crops). `masking` is that of the
+    student's global crops, None for no masks.
     """
 
     global_crop_size: int = 224
@@ -45,6 +48,7 @@ class AugmentationConfig:
     solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    masking: BlockMasking | None = None
 
     @property
     def num_views(self) -> int:

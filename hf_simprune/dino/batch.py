@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What travels from the loader to the device: uint8 crops and the parameters of their photometric part."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -42,7 +42,8 @@ class Batch:
     """B examples of V = 2 + L views.
 
     `global_crops` uint8 (2, B, 3, H, W); `local_crops` uint8 (L, B, 3, h, w) or None; `parameters` with rows (V, B);
-    `indices` (B,) int64: the examples' keys; `bad_indices`: keys of unreadable images in it that were replaced.
+    `indices` (B,) int64: the examples' keys; `bad_indices`: keys of unreadable images in it that were replaced;
+    `masks` bool (2, B, N): patches of the global crops that the student does not see, or None.
     """
 
     global_crops: Tensor
@@ -50,19 +51,23 @@ class Batch:
     parameters: ViewParameters
     indices: Tensor
     bad_indices: tuple[int, ...]
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return self.global_crops.shape[1]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch with its crops on `device`."""
-        local = None if self.local_crops is None else self.local_crops.to(device, non_blocking=non_blocking)
-        return replace(self, global_crops=self.global_crops.to(device, non_blocking=non_blocking), local_crops=local)
+        """The same batch with its crops and masks on `device`."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, so that its copy to a GPU can overlap with computing."""
-        local = None if self.local_crops is None else self.local_crops.pin_memory()
-        return replace(self, global_crops=self.global_crops.pin_memory(), local_crops=local)
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        names = ("global_crops", "local_crops", "masks")
+        tensors = {name: tensor for name in names if (tensor := vars(self)[name]) is not None}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> Batch:
@@ -71,10 +76,14 @@ def collate(examples: Sequence[dict[str, Any]]) -> Batch:
     local = None
     if examples[0]["local_crops"] is not None:
         local = torch.stack([example["local_crops"] for example in examples], dim=1)
+    masks = None
+    if examples[0].get("masks") is not None:
+        masks = torch.stack([example["masks"] for example in examples], dim=1)
     return Batch(
         global_crops=torch.stack([example["global_crops"] for example in examples], dim=1),
         local_crops=local,
         parameters=ViewParameters(**views),
         indices=torch.tensor([example["index"] for example in examples], dtype=torch.int64),
         bad_indices=tuple(index for example in examples for index in example["bad_indices"]),
+        masks=masks,
     )

@@ -10,21 +10,37 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 
 from ..errors import InputError
 from ..evaluation.features import build_image_processor
-from ..models import SimPruneDeiTConfig, SimPruneDeiTModel, SimPruneViTModel
+from ..models import (
+    SimPruneDeiTConfig,
+    SimPruneDeiTModel,
+    SimPruneDinov2Config,
+    SimPruneDinov2Model,
+    SimPruneViTModel,
+)
 from ..models.architectures import build_backbone
-from ..reduction import build_reducer
 from .arguments import DinoArguments
 from .augmentation import AugmentationConfig
+from .branch_passes import Backbone
+from .dinov2.branch import Dinov2Branch, Dinov2DualBranch, ensure_mask_token
+from .dinov2.objective import Dinov2Objective
+from .dinov2.validation import block_masking
 from .dual_branch import Branch, DualBranch
 from .geometry import parse_config_overrides
 from .head import DinoHead
+from .objective import DinoObjective, Objective
+from .reduction_choice import chosen_reducer
 from .resolve import ResolvedSettings
 from .schedules import DinoSchedules
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_MODELS = {"deit": SimPruneDeiTModel, SimPruneDeiTConfig.model_type: SimPruneDeiTModel}
+_MODELS = {
+    "deit": SimPruneDeiTModel,
+    "dinov2": SimPruneDinov2Model,
+    SimPruneDeiTConfig.model_type: SimPruneDeiTModel,
+    SimPruneDinov2Config.model_type: SimPruneDinov2Model,
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,7 @@ def augmentation(args: DinoArguments, settings: ResolvedSettings, norm: Normalis
         solarize_prob=settings.solarize_prob,
         image_mean=norm.mean,
         image_std=norm.std,
+        masking=block_masking(args, settings.geometry),
     )
 
 
@@ -96,22 +113,32 @@ def build_dual_branch(args: DinoArguments, settings: ResolvedSettings, attention
             backbone.set_attn_implementation(attention)
         except (ImportError, ValueError) as error:
             raise InputError(f"--attn_implementation {attention}: {' '.join(str(error).split())}") from None
-        head = DinoHead(
-            backbone.config.hidden_size,
-            settings.out_dim,
-            args.head_hidden_dim,
-            args.head_bottleneck_dim,
-            args.norm_last_layer,
-        )
-        branches.append(Branch(backbone, head))
+        branches.append(_branch(args, settings, backbone))
     student, teacher = branches
     if args.gradient_checkpointing:
         student.backbone.activation_checkpointing_enable()
     if args.torch_compile:
         for branch in branches:
             branch.backbone.compile_blocks()
-    reducer = build_reducer(args.token_reduction, args.keep_rate)
-    return DualBranch(student, teacher, reducer, settings.reduction_layers)
+    setting = settings.geometry.setting
+    reducer = None if setting is None else chosen_reducer(args, setting)
+    if args.objective == "dinov2":
+        return Dinov2DualBranch(student, teacher, reducer, args.masked_policy)
+    return DualBranch(student, teacher, reducer)
+
+
+def build_objective(args: DinoArguments) -> Objective:
+    """The loss, with its weights."""
+    if args.objective == "dino":
+        return DinoObjective(args.student_temp, args.center_momentum)
+    return Dinov2Objective(
+        args.student_temp,
+        args.center_momentum,
+        args.centering,
+        args.dino_loss_weight,
+        args.ibot_loss_weight,
+        args.koleo_loss_weight,
+    )
 
 
 def build_schedules(args: DinoArguments, settings: ResolvedSettings) -> DinoSchedules:
@@ -132,9 +159,28 @@ def build_schedules(args: DinoArguments, settings: ResolvedSettings) -> DinoSche
     )
 
 
-def _backbone(
-    args: DinoArguments, settings: ResolvedSettings, drop_path_rate: float
-) -> SimPruneViTModel | SimPruneDeiTModel:
+def _branch(args: DinoArguments, settings: ResolvedSettings, backbone: Backbone) -> Branch:
+    """A backbone with new heads, and a mask token that learns where views are masked only."""
+
+    def head() -> DinoHead:
+        return DinoHead(
+            backbone.config.hidden_size,
+            settings.out_dim,
+            args.head_hidden_dim,
+            args.head_bottleneck_dim,
+            args.norm_last_layer,
+        )
+
+    if args.objective == "dinov2":
+        ensure_mask_token(backbone)
+        return Dinov2Branch(backbone, head(), None if args.shared_heads else head())
+    if backbone.embeddings.mask_token is not None:
+        # data-parallel wrappers want a gradient for everything that could have one
+        backbone.embeddings.mask_token.requires_grad_(False)
+    return Branch(backbone, head())
+
+
+def _backbone(args: DinoArguments, settings: ResolvedSettings, drop_path_rate: float) -> Backbone:
     if args.model_name_or_path is None:
         return build_backbone(
             settings.geometry.name,

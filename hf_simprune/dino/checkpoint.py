@@ -2,8 +2,8 @@
 """Training checkpoints: safetensors and JSON only, written atomically, rotated, resumed to the last digit.
 
 `checkpoint-<step>/` holds `student.safetensors`, `teacher.safetensors`, `optimizer.safetensors` (moments by parameter
-name, and the centre) and `trainer_state.json`. No random state is stored: every random number of a run is a function
-of the seed, the epoch, the example and the step.
+name, and the objective's centres) and `trainer_state.json`. No random state is stored: every random number of a run is
+a function of the seed, the epoch, the example and the step.
 """
 
 import json
@@ -22,7 +22,6 @@ from .engine import DinoEngine
 
 
 STATE_FILE = "trainer_state.json"
-CENTER = "center"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -81,7 +80,7 @@ def save_checkpoint(output_dir: Path, engine: DinoEngine, state: dict[str, Any],
     partial.mkdir(parents=True)
     save_file(_owned(engine.dual.student.state_dict()), partial / "student.safetensors")
     save_file(_owned(engine.dual.teacher.state_dict()), partial / "teacher.safetensors")
-    save_file(_owned(optimizer_tensors(engine) | {CENTER: engine.center}), partial / "optimizer.safetensors")
+    save_file(_owned(optimizer_tensors(engine) | engine.objective.state), partial / "optimizer.safetensors")
     (partial / STATE_FILE).write_text(json.dumps(state, indent=2))
     for file in partial.iterdir():
         _flush(file)
@@ -96,7 +95,7 @@ def save_checkpoint(output_dir: Path, engine: DinoEngine, state: dict[str, Any],
 
 
 def load_checkpoint(checkpoint: Path, engine: DinoEngine) -> dict[str, Any]:
-    """Put student, teacher, optimiser, centre and scaler back; returns the trainer's state.
+    """Put student, teacher, optimiser, centres and scaler back; returns the trainer's state.
 
     Raises:
         InputError: the checkpoint belongs to another architecture.
@@ -108,7 +107,14 @@ def load_checkpoint(checkpoint: Path, engine: DinoEngine) -> dict[str, Any]:
         _check_architecture(checkpoint, module.state_dict(), tensors)
         module.load_state_dict(tensors)
     tensors = _read(checkpoint / "optimizer.safetensors", device)
-    engine.center = tensors.pop(CENTER)
+    # moments are named <parameter>.<moment>, the objective's tensors have no dot
+    found = {name: tensors.pop(name) for name in list(tensors) if "." not in name}
+    if found.keys() != engine.objective.state.keys():
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint}: it was written with another --objective or --centering; resume "
+            "with the options it was started with, see training/run.json"
+        )
+    engine.objective.state = found
     load_optimizer_tensors(engine, tensors)
     state = read_state(checkpoint)
     if engine.accelerator.scaler is not None and state.get("scaler"):

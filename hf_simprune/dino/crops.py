@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..data.decoding import load_pixels, oriented_size
-from .augmentation import GLOBAL_VIEWS, AugmentationConfig, sample_parameters
+from .augmentation import GLOBAL_VIEWS, MASKS_DOMAIN, AugmentationConfig, philox, sample_parameters
+from .dinov2.masking import BlockMasking, draw_masks
 
 
 _DRAFT_FACTORS = (8, 4, 2)
@@ -49,8 +50,8 @@ def make_views(image: bytes | Tensor, cfg: AugmentationConfig, seed: int, epoch:
     """All crops of one image and the parameters of their photometric part.
 
     `image` is encoded bytes or decoded pixels uint8 (H, W, 3). Returns `sample_parameters` of (seed, epoch, key)
-    without its boxes, `global_crops` uint8 (2, 3, H, W) and `local_crops` uint8 (L, 3, h, w) or None. Raises one of
-    DECODING_ERRORS when the bytes cannot be read.
+    without its boxes, `global_crops` uint8 (2, 3, H, W), `local_crops` uint8 (L, 3, h, w) or None and `masks` bool
+    (2, N) or None. Raises one of DECODING_ERRORS when the bytes cannot be read.
     """
     if isinstance(image, Tensor):
         parameters = sample_parameters(cfg, seed, epoch, key, image.shape[1], image.shape[0])
@@ -73,7 +74,12 @@ def make_views(image: bytes | Tensor, cfg: AugmentationConfig, seed: int, epoch:
         **parameters,
         "global_crops": cut_crops(pixels, boxes[:GLOBAL_VIEWS], cfg.global_crop_size),
         "local_crops": local,
+        "masks": None if cfg.masking is None else _masks(cfg.masking, seed, epoch, key),
     }
+
+
+def _masks(masking: BlockMasking, seed: int, epoch: int, key: int) -> Tensor:
+    return torch.from_numpy(draw_masks(masking, philox(seed, epoch, key, MASKS_DOMAIN), GLOBAL_VIEWS))
 
 
 def _rescale_boxes(boxes: np.ndarray, horizontal: float, vertical: float) -> np.ndarray:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Student and teacher in lockstep: the one module that data-parallel wrappers see.
+"""Student and teacher: the one module that data-parallel wrappers see.
 
-Cross-branch matching needs the tokens of both branches at the same depth, so `DualBranch.forward` walks the blocks of
-both together: teacher (without gradients), student, match, gather both, go on.
+Cross-branch matching needs the tokens of both branches at the same depth, so both walk their blocks together:
+teacher (without gradients), student, match, gather both, go on. A single-branch method walks each of them alone.
 """
 
 from typing import NamedTuple
@@ -10,57 +10,72 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.deit import SimPruneDeiTModel
-from ..models.vit import SimPruneViTModel
-from ..reduction.base import TokenReducer
-from ..reduction.token_maps import gather_tokens
+from ..reduction.base import BranchReducer, TokenReducer
+from ..reduction.token_maps import TokenMap
+from .branch_passes import Backbone, PairStage, grid_of, walk_alone, walk_in_lockstep, walk_local
 
 
 class Branch(nn.Module):
-    """A backbone and its projection head."""
+    """A backbone, its projection head and, where token reduction learns, `reduction` with what it learned here."""
 
-    def __init__(self, backbone: SimPruneViTModel | SimPruneDeiTModel, head: nn.Module) -> None:
+    def __init__(self, backbone: Backbone, head: nn.Module, reduction: nn.Module | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.reduction = reduction
 
 
 class DualOutput(NamedTuple):
     """Result of one pass over both branches.
 
     student_logits: (V·B, K) view-major, global views first. teacher_logits: (2B, K). teacher_cls: (2B, D).
-    kept: for each reduction layer and for (student, teacher, local) the kept patch indices (rows, count), counted
-    in the grid that entered that layer; local is an empty tensor without local crops.
+    maps: for each stage and for (student, teacher, local) what became of the patch tokens that entered it; local is
+    None without local crops. Of single-branch methods, a stage in the last block is there only if CLS depends on it.
+    auxiliary_loss: what the token reduction adds to the loss, 0-dim, None for nothing.
     """
 
     student_logits: Tensor
     teacher_logits: Tensor
     teacher_cls: Tensor
-    kept: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    maps: tuple[tuple[TokenMap, TokenMap, TokenMap | None], ...]
+    auxiliary_loss: Tensor | None = None
+
+    @property
+    def kept(self) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
+        """The kept patch indices (rows, count) in place of every map, of a method that drops tokens and no more;
+        empty without local crops."""
+        return tuple(
+            (student.indices, teacher.indices, student.indices.new_empty(0) if local is None else local.indices)
+            for student, teacher, local in self.maps
+        )
+
+
+class Passes(NamedTuple):
+    """CLS (R, 1, D) after the last block of every pass, and the maps as in `DualOutput`."""
+
+    student: Tensor
+    teacher: Tensor
+    local: Tensor | None
+    maps: tuple[tuple[TokenMap, TokenMap, TokenMap | None], ...]
 
 
 class DualBranch(nn.Module):
-    """DINO's two branches with token reduction between the attention and the MLP of `reduction_layers`.
+    """DINO's two branches with token reduction in the blocks `reducer.layers`.
 
     Args:
         student: trained by gradients.
         teacher: same architecture; always in evaluation mode and without gradients.
-        reducer: decides which patch tokens stay, or `None` for dense training.
-        reduction_layers: 0-based block indices.
+        reducer: decides what becomes of patch tokens, or `None` for dense training. Both branches get the module of
+            what it learns.
     """
 
-    def __init__(
-        self,
-        student: Branch,
-        teacher: Branch,
-        reducer: TokenReducer | None = None,
-        reduction_layers: tuple[int, ...] = (),
-    ) -> None:
+    def __init__(self, student: Branch, teacher: Branch, reducer: TokenReducer | None = None) -> None:
         super().__init__()
+        if reducer is not None:
+            student.reduction, teacher.reduction = reducer.build_learned(), reducer.build_learned()
         self.student = student
         self.teacher = teacher.requires_grad_(False)
         self.reducer = reducer
-        self.reduction_layers = frozenset(reduction_layers) if reducer is not None else frozenset()
         self.teacher.load_state_dict(student.state_dict())
         self.teacher.eval()
 
@@ -74,84 +89,79 @@ class DualBranch(nn.Module):
 
         `progress`, 0-dim, is the position in the curriculum, in [0, 1]; a tensor, so that nothing recompiles.
         """
-        student, teacher, kept, seen = self._global_views(global_crops, progress)
-        student_cls = [self.student.backbone.layernorm(student)]
-        local_kept = [kept[i][0].new_empty(0) for i in range(len(kept))]
-        if local_crops is not None:
-            local, local_kept = self._local_views(local_crops, seen, progress)
-            student_cls.append(self.student.backbone.layernorm(local))
+        self.start_pass(global_crops)
+        run = self._each_alone if isinstance(self.reducer, BranchReducer) else self._in_lockstep
+        found = run(global_crops, local_crops, progress)
+        student_cls = [self.student.backbone.layernorm(found.student[:, 0])]
+        if found.local is not None:
+            student_cls.append(self.student.backbone.layernorm(found.local[:, 0]))
         with torch.no_grad():
-            teacher_cls = self.teacher.backbone.layernorm(teacher)
+            teacher_cls = self.teacher.backbone.layernorm(found.teacher[:, 0])
             teacher_logits = self.teacher.head(teacher_cls)
         student_logits = self.student.head(torch.cat(student_cls))
-        records = tuple((s, t, lo) for (s, t), lo in zip(kept, local_kept, strict=True))
-        return DualOutput(student_logits, teacher_logits, teacher_cls, records)
+        return DualOutput(student_logits, teacher_logits, teacher_cls, found.maps, self.auxiliary_loss())
 
-    def _global_views(self, crops: Tensor, progress: Tensor):
-        student_net, teacher_net = self.student.backbone, self.teacher.backbone
-        prefix = student_net.num_prefix_tokens
-        kept: list[tuple[Tensor, Tensor]] = []
-        seen: list[Tensor] = []  # the teacher's patch tokens before each reduction, for the local crops
+    def start_pass(self, global_crops: Tensor) -> None:
+        """Tell the reducer that a pass begins."""
+        if self.reducer is not None:
+            if self.training:
+                self.reducer.before_pass(global_crops, self)
+            self.reducer.take_auxiliary_loss()  # what activations computed again in the backward pass left behind
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """What the reducer adds to the loss of the pass that just ended, so that all it learns has a gradient."""
+        if self.reducer is None:
+            return None
+        loss = self.reducer.take_auxiliary_loss()
+        learned = [] if self.student.reduction is None else list(self.student.reduction.parameters())
+        if not learned:
+            return loss
+        # Data-parallel wrappers want a gradient for every parameter in every step, also of a stage that did not run.
+        touched = 0.0 * torch.stack([parameter.sum() for parameter in learned]).sum()
+        return touched if loss is None else loss + touched
+
+    def _each_alone(self, global_crops: Tensor, local_crops: Tensor | None, progress: Tensor) -> Passes:
         with torch.no_grad():
-            teacher = teacher_net.embed(crops)
-        student = student_net.embed(crops)
-        last = len(student_net.layers) - 1
-        for index, layers in enumerate(zip(student_net.layers, teacher_net.layers, strict=True)):
-            student_layer, teacher_layer = layers
-            if index in self.reduction_layers:
-                with torch.no_grad():
-                    attended_teacher = after_attention(teacher_layer, teacher, index == last)
-                attended_student = after_attention(student_layer, student, index == last)
-                selection = self.reducer.pair(
-                    attended_student[:, prefix:].detach(), attended_teacher[:, prefix:], progress
-                )
-                seen.append(attended_teacher[:, prefix:])
-                kept.append((selection.student, selection.teacher))
-                if index < last:
-                    with torch.no_grad():
-                        teacher = teacher_layer(gather_tokens(attended_teacher, selection.teacher, prefix), half="mlp")
-                    student = student_layer(gather_tokens(attended_student, selection.student, prefix), half="mlp")
-                    continue
-            with torch.no_grad():
-                teacher = whole_block(teacher_layer, teacher, index == last)
-            student = whole_block(student_layer, student, index == last)
-        return student[:, 0], teacher[:, 0], kept, seen
+            teacher, teacher_maps = self._alone(self.teacher, global_crops)
+        student, student_maps = self._alone(self.student, global_crops)
+        local, local_maps = None, [None] * len(student_maps)
+        if local_crops is not None:
+            local, local_maps = self._alone(self.student, local_crops)
+        return Passes(student, teacher, local, tuple(zip(student_maps, teacher_maps, local_maps, strict=True)))
 
-    def _local_views(self, crops: Tensor, seen: list[Tensor], progress: Tensor) -> tuple[Tensor, list[Tensor]]:
-        net = self.student.backbone
-        prefix = net.num_prefix_tokens
-        kept: list[Tensor] = []
-        tokens = net.embed(crops)
-        last = len(net.layers) - 1
-        for index, layer in enumerate(net.layers):
-            if index in self.reduction_layers:
-                attended = after_attention(layer, tokens, index == last)
-                keep = self.reducer.local(attended[:, prefix:].detach(), seen[len(kept)], progress).indices
-                kept.append(keep)
-                if index < last:
-                    tokens = layer(gather_tokens(attended, keep, prefix), half="mlp")
-                    continue
-            tokens = whole_block(layer, tokens, index == last)
-        return tokens[:, 0], kept
+    def _alone(self, branch: Branch, crops: Tensor) -> tuple[Tensor, list[TokenMap]]:
+        net = branch.backbone
+        return walk_alone(net, net.embed(crops), grid_of(net, crops), self.reducer, branch.reduction)
 
+    def _in_lockstep(self, global_crops: Tensor, local_crops: Tensor | None, progress: Tensor) -> Passes:
+        student_net, teacher_net = self.student.backbone, self.teacher.backbone
+        reducer, learned = self.reducer, self.student.reduction
+        layers = () if reducer is None else reducer.layers
+        student, teacher, stages = walk_in_lockstep(
+            student_net,
+            teacher_net,
+            student_net.embed(global_crops),
+            torch.no_grad()(teacher_net.embed)(global_crops),
+            layers,
+            lambda student, teacher, stage: reducer.pair(student, teacher, progress, stage, learned),
+        )
+        local, local_maps = self._behind(stages, local_crops, progress)
+        maps = ((stage.student, stage.teacher, kept) for stage, kept in zip(stages, local_maps, strict=True))
+        return Passes(student, teacher, local, tuple(maps))
 
-def whole_block(layer: nn.Module, tokens: Tensor, last: bool) -> Tensor:
-    """Tokens after `layer`; of the last block only CLS, (B, 1, D), since nothing else of it is read."""
-    if not last:
-        return layer(tokens)
-    return layer(layer(tokens, half="attention", num_queries=1), half="mlp")
-
-
-def after_attention(layer: nn.Module, tokens: Tensor, last: bool) -> Tensor:
-    """Tokens after the attention half of a reduction layer.
-
-    In the last block they serve the matching alone and the block runs again for CLS, as in dense training: no
-    gradient, and the random draws are put back.
-    """
-    if not last:
-        return layer(tokens, half="attention")
-    with torch.no_grad(), torch.random.fork_rng([tokens.device] if tokens.is_cuda else []):
-        return layer(tokens, half="attention")
+    def _behind(
+        self, stages: list[PairStage], local_crops: Tensor | None, progress: Tensor
+    ) -> tuple[Tensor | None, list[TokenMap | None]]:
+        """The student's local crops after a pass in lockstep: CLS, and what every stage did."""
+        if local_crops is None:
+            return None, [None] * len(stages)
+        net, reducer, learned = self.student.backbone, self.reducer, self.student.reduction
+        return walk_local(
+            net,
+            net.embed(local_crops),
+            () if reducer is None else reducer.layers,
+            lambda local, stage: reducer.local(local, stages[stage].seen, progress, stage, learned),
+        )
 
 
 @torch.no_grad()

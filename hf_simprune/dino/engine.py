@@ -1,31 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One optimiser step of DINO, from crops to updated student, teacher and centre."""
+"""One optimiser step, from crops to updated student, teacher and centres."""
 
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from .dual_branch import DualBranch, update_teacher
-from .loss import dino_loss, effective_rank, feature_std, teacher_targets, updated_center
+from .loss import effective_rank, feature_std
+from .objective import CENTER, DinoObjective, Objective, Views
 from .optimizer import build_optimizer, clip_each_parameter, clip_global_norm, drop_last_layer_gradients
 from .schedules import StepValues
-
-
-class Views(NamedTuple):
-    """Normalised crops of one micro-batch: global (2B, C, H, W) view-major; local (L·B, C, h, w) or `None`.
-
-    `bad_indices` are the examples that could not be read and were replaced.
-    """
-
-    global_crops: Tensor
-    local_crops: Tensor | None
-    bad_indices: tuple[int, ...] = ()
 
 
 class NonFiniteLossError(RuntimeError):
@@ -37,7 +26,7 @@ class StepResult:
     """What a step measured. `skipped` says that gradients were not finite, so that nothing moved.
 
     loss, teacher_entropy: nats. gradient_norm: L2, before clipping. cls_std, cls_rank: of the teacher's CLS features
-    of the last micro-batch; NaN where `diagnostics` was off.
+    of the last micro-batch; NaN where `diagnostics` was off. parts: what the objective tells beside the loss.
     """
 
     loss: float
@@ -46,22 +35,28 @@ class StepResult:
     skipped: bool
     cls_std: float = math.nan
     cls_rank: float = math.nan
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def cls_loss(self) -> float:
+        """The loss on CLS, which the teacher's entropy belongs to."""
+        return self.parts.get("dino_loss", self.loss)
 
     @property
     def kl(self) -> float:
-        return self.loss - self.teacher_entropy
+        return self.cls_loss - self.teacher_entropy
 
 
 class DinoEngine:
-    """Model, optimiser and centre of a run, and the step that moves them.
+    """Model, optimiser and objective of a run, and the step that moves them.
 
-    All micro-batches of a step use the centre, temperature and window of its start; one centre update is made from
+    All micro-batches of a step use the centres, temperature and window of its start; one centre update is made from
     the sums over micro-batches and ranks. A step whose gradients are not finite moves nothing.
 
     Args:
         model: moved to the accelerator's device and wrapped for its number of processes.
         accelerator: built by the caller; its gradient accumulation is left at 1, `step` accumulates itself.
-        student_temp, center_momentum: as in DINO.
+        objective: the loss; DINO's with its published values when `None`.
         max_grad_norm: global-norm clipping, or `None`.
         clip_grad: DINO's clipping of each parameter by itself, or `None`.
     """
@@ -70,14 +65,12 @@ class DinoEngine:
         self,
         model: DualBranch,
         accelerator: Accelerator,
-        student_temp: float = 0.1,
-        center_momentum: float = 0.9,
+        objective: Objective | None = None,
         max_grad_norm: float | None = 3.0,
         clip_grad: float | None = None,
     ) -> None:
         self.accelerator = accelerator
-        self.student_temp = student_temp
-        self.center_momentum = center_momentum
+        self.objective = objective if objective is not None else DinoObjective()
         self.max_grad_norm = max_grad_norm
         self.clip_grad = clip_grad
         self.dual = model.to(accelerator.device)
@@ -85,10 +78,24 @@ class DinoEngine:
         self.model, self.optimizer = accelerator.prepare(self.dual, optimizer)
         self.model.train()
         parameter = next(self.dual.parameters())
-        out_dim = self.dual.student.head.last_layer.out_features
         # the centre follows a double-precision model, and is never coarser than fp32
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        self.center = torch.zeros(out_dim, device=accelerator.device, dtype=dtype)
+        self.dtype = torch.promote_types(parameter.dtype, torch.float32)
+        self.objective.prepare(self.out_dim, accelerator.device, self.dtype)
+
+    @property
+    def out_dim(self) -> int:
+        """Prototypes of the head on CLS."""
+        return self.dual.student.head.last_layer.out_features
+
+    @property
+    def center(self) -> Tensor:
+        """DINO's centre, (K,)."""
+        return self.objective.state[CENTER]
+
+    def before_step(self, step: int, steps_per_epoch: int | None, micro_batches: Sequence[Views]) -> None:
+        """Let the token reduction measure what it needs now and then; in every process, before each `step`."""
+        if self.dual.reducer is not None:
+            self.dual.reducer.before_step(step, steps_per_epoch, micro_batches, self.dual)
 
     def step(self, micro_batches: Sequence[Views], values: StepValues, diagnostics: bool = False) -> StepResult:
         """One optimiser step over `micro_batches` of equal size.
@@ -99,35 +106,30 @@ class DinoEngine:
         self._apply_schedules(values)
         progress = torch.tensor(values.window_progress, dtype=torch.float32, device=self.accelerator.device)
         self.optimizer.zero_grad()
-        logit_sum, rows = torch.zeros_like(self.center), 0
-        totals = torch.zeros(2, device=self.accelerator.device, dtype=self.center.dtype)
+        objective = self.objective
+        objective.begin()
+        totals = torch.zeros(2 + len(objective.part_names), device=self.accelerator.device, dtype=self.dtype)
         for index, views in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                output = self.model(views.global_crops, views.local_crops, progress)
-                teacher_logits = output.teacher_logits.to(self.center.dtype)
-                targets = teacher_targets(teacher_logits, self.center, values.teacher_temp)
-                num_views = 2 * len(output.student_logits) // len(teacher_logits)
-                student_logits = output.student_logits.to(self.center.dtype)
-                loss = dino_loss(student_logits, targets.probabilities, num_views, self.student_temp)
-                self.accelerator.backward(loss / len(micro_batches))
-            logit_sum += teacher_logits.sum(dim=0)
-            rows += len(teacher_logits)
-            totals += torch.stack([loss.detach(), targets.entropy])
-        loss, entropy = (self.accelerator.reduce(totals, "mean") / len(micro_batches)).tolist()
+                crops = (views.global_crops, views.local_crops, progress)
+                output = self.model(*crops, **objective.inputs(views))
+                found = objective.loss(output, values)
+                whole = found.loss if output.auxiliary_loss is None else found.loss + output.auxiliary_loss
+                self.accelerator.backward(whole / len(micro_batches))
+            totals += torch.stack([found.loss.detach(), found.teacher_entropy, *found.parts])
+        loss, entropy, *parts = (self.accelerator.reduce(totals, "mean") / len(micro_batches)).tolist()
         if not math.isfinite(loss):
             self.optimizer.zero_grad()
             raise NonFiniteLossError(f"loss is {loss}")
         norm, skipped = self._optimizer_step(values)
         if not skipped:
             update_teacher(self.dual, values.momentum_teacher)
-            logit_sum = self.accelerator.reduce(logit_sum, "sum")
-            rows *= self.accelerator.num_processes
-            self.center = updated_center(self.center, logit_sum, rows, self.center_momentum)
-        result = StepResult(loss, entropy, norm, skipped)
+            objective.end(self.accelerator)
+        result = StepResult(loss, entropy, norm, skipped, parts=dict(zip(objective.part_names, parts, strict=True)))
         if diagnostics:
             std, rank = feature_std(output.teacher_cls).item(), effective_rank(output.teacher_cls).item()
-            result = StepResult(loss, entropy, norm, skipped, std, rank)
+            result = replace(result, cls_std=std, cls_rank=rank)
         return result
 
     def _apply_schedules(self, values: StepValues) -> None:

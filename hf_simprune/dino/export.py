@@ -9,8 +9,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from ..models import SimPruneDeiTConfig, SimPruneDeiTModel, SimPruneViTConfig, SimPruneViTModel
+from ..models import (
+    SimPruneDeiTConfig,
+    SimPruneDeiTModel,
+    SimPruneDinov2Config,
+    SimPruneDinov2Model,
+    SimPruneViTConfig,
+    SimPruneViTModel,
+)
 from ..models.stock import to_stock
+from .branch_passes import Backbone
+from .dinov2.branch import ensure_mask_token
 from .dual_branch import DualBranch
 
 
@@ -19,6 +28,7 @@ INITIAL = "initial"
 _FAMILIES = {
     SimPruneViTConfig.model_type: (SimPruneViTConfig, SimPruneViTModel),
     SimPruneDeiTConfig.model_type: (SimPruneDeiTConfig, SimPruneDeiTModel),
+    SimPruneDinov2Config.model_type: (SimPruneDinov2Config, SimPruneDinov2Model),
 }
 
 
@@ -28,10 +38,10 @@ def save_initial(output_dir: Path, model: DualBranch) -> None:
 
 
 def export_model(output_dir: Path, model: DualBranch, processor: BaseImageProcessor) -> None:
-    """Write the teacher's backbone as a stock ViT or DeiT with its image processor.
+    """Write the teacher's backbone as a stock ViT, DeiT or DINOv2 with its image processor.
 
     `training/` receives what only further training needs: the student, the teacher's backbone as this package has it
-    and both heads.
+    and the heads.
     """
     to_stock(model.teacher.backbone).save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
@@ -40,15 +50,20 @@ def export_model(output_dir: Path, model: DualBranch, processor: BaseImageProces
     model.student.backbone.save_pretrained(training / "student")
     for name, branch in (("teacher", model.teacher), ("student", model.student)):
         save_file(_on_cpu(branch.head.state_dict()), training / f"{name}_head.safetensors")
+        if getattr(branch, "patch_head", None) is not None:
+            save_file(_on_cpu(branch.patch_head.state_dict()), training / f"{name}_patch_head.safetensors")
 
 
-def load_teacher_backbone(output_dir: Path) -> SimPruneViTModel | SimPruneDeiTModel:
+def load_teacher_backbone(output_dir: Path) -> Backbone:
     """The trained teacher's backbone of a finished run, as the training had it."""
     folder = Path(output_dir) / TRAINING / "teacher"
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
     config_class, model_class = _FAMILIES[model_type]
     model = model_class(config_class.from_pretrained(folder), add_pooling_layer=False)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    tensors = load_file(folder / "model.safetensors")
+    if "embeddings.mask_token" in tensors:
+        ensure_mask_token(model)
+    model.load_state_dict(tensors)
     return model
 
 

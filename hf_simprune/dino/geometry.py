@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes that follow from the options and the network: crops, patches, depth, and the tokens each stage keeps."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError
 from .arguments import DinoArguments
+from .reduction_choice import Crops, chosen_reducer, kept_patches
+
+
+if TYPE_CHECKING:  # --help must not wait for torch
+    from ..reduction import ReductionSetting
 
 
 DEFAULT_ARCHITECTURE = "vit_small"
+DEFAULT_ARCHITECTURES = {"dino": DEFAULT_ARCHITECTURE, "dinov2": "dinov2_small"}
 DEFAULT_IMAGE_SIZE = 224
 LOCAL_CROP_RATIO = 96 / 224
-MIN_KEPT_PATCHES = 4
-OWN_MODEL_TYPES = ("simprune_vit", "simprune_deit")
-MODEL_TYPES = ("vit", "deit", *OWN_MODEL_TYPES)
+OWN_MODEL_TYPES = ("simprune_vit", "simprune_deit", "simprune_dinov2")
+MODEL_TYPES = ("vit", "deit", "dinov2", *OWN_MODEL_TYPES)
 OVERRIDE_KINDS: dict[str, type] = {
     "hidden_size": int,
     "num_hidden_layers": int,
@@ -26,7 +30,10 @@ OVERRIDE_KINDS: dict[str, type] = {
     "initializer_range": float,
     "layer_norm_eps": float,
     "qkv_bias": bool,
+    "layerscale_value": float,
+    "use_swiglu_ffn": bool,
 }
+DINOV2_OVERRIDES = ("layerscale_value", "use_swiglu_ffn")
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Geometry:
     """Sizes in pixels a side; `reduction_layers` ascending, empty for dense training.
 
     global_counts, local_counts: patch tokens before the first stage and after each of them; no local ones: empty.
+    setting: what the token reducer is built for, None for dense training.
     """
 
     name: str
@@ -45,6 +53,19 @@ class Geometry:
     reduction_layers: tuple[int, ...]
     global_counts: tuple[int, ...]
     local_counts: tuple[int, ...]
+    setting: "ReductionSetting | None" = None
+
+
+class Network(NamedTuple):
+    """The sizes of a network that matter here; num_prefix counts [CLS], distillation and register tokens."""
+
+    name: str
+    depth: int
+    image_size: int
+    patch_size: int
+    hidden_size: int
+    num_heads: int
+    num_prefix: int
 
 
 def geometry(args: DinoArguments) -> Geometry:
@@ -52,37 +73,49 @@ def geometry(args: DinoArguments) -> Geometry:
 
     Raises:
         InputError: unknown architecture or checkpoint, a crop size that is no multiple of the patch size, a reduction
-            layer out of range or named twice, a stage that would keep fewer than 4 patches of a crop.
+            layer out of range or named twice, what the token reduction cannot do, a stage that would keep fewer than 4
+            patches of a crop.
     """
-    from ..reduction import default_reduction_layers, validate_reduction_layers
-
-    if args.model_name_or_path is not None:
-        name, depth, image_size, patch_size = _checkpoint_sizes(args)
-    else:
-        name, depth, image_size, patch_size = _architecture_sizes(args)
-    global_size = args.global_crop_size or image_size
+    network = _architecture(args) if args.model_name_or_path is None else _checkpoint(args)
+    patch_size = network.patch_size
+    global_size = args.global_crop_size or network.image_size
     local_size = args.local_crop_size or default_local_crop_size(global_size, patch_size)
-    _check_multiple("image_size", image_size, patch_size)
+    _check_multiple("image_size", network.image_size, patch_size)
     _check_multiple("global_crop_size", global_size, patch_size)
-    layers: tuple[int, ...] = ()
-    if args.token_reduction != "none":
-        given = args.reduction_layers
-        layers = default_reduction_layers(depth) if given is None else validate_reduction_layers(given, depth)
-    local_counts: tuple[int, ...] = ()
+    crops = [Crops("global_crop_size", global_size, patch_size)]
     if args.local_crops_number > 0:
         _check_multiple("local_crop_size", local_size, patch_size)
-        local_counts = _kept_patches("local_crop_size", local_size, patch_size, args.keep_rate, layers)
-    global_counts = _kept_patches("global_crop_size", global_size, patch_size, args.keep_rate, layers)
+        crops.append(Crops("local_crop_size", local_size, patch_size))
+    setting = _reduction_setting(args, network, crops)
+    reducer = chosen_reducer(args, setting)
+    counts = kept_patches(args, reducer, setting, crops)
     return Geometry(
-        name=name,
-        depth=depth,
-        image_size=image_size,
+        name=network.name,
+        depth=network.depth,
+        image_size=network.image_size,
         patch_size=patch_size,
         global_crop_size=global_size,
         local_crop_size=local_size,
-        reduction_layers=layers,
-        global_counts=global_counts,
-        local_counts=local_counts,
+        reduction_layers=() if reducer is None else reducer.layers,
+        global_counts=counts[0],
+        local_counts=counts[1] if len(counts) > 1 else (),
+        setting=None if reducer is None else setting,
+    )
+
+
+def _reduction_setting(args: DinoArguments, network: Network, crops: list[Crops]) -> "ReductionSetting":
+    from ..reduction import ReductionSetting, default_reduction_layers, validate_reduction_layers
+
+    layers = args.reduction_layers
+    if layers is None or args.token_reduction == "none":
+        layers = default_reduction_layers(network.depth)
+    return ReductionSetting(
+        layers=validate_reduction_layers(layers, network.depth),
+        depth=network.depth,
+        hidden_size=network.hidden_size,
+        num_heads=network.num_heads,
+        num_prefix=network.num_prefix,
+        grids=tuple(crop.grid for crop in crops),
     )
 
 
@@ -116,34 +149,46 @@ def parse_config_overrides(text: str | None) -> dict[str, Any]:
             raise InputError(f"--config_overrides {text}: {key} must be {expected}, got {value}") from None
         if kind is int and overrides[key] < 1:
             raise InputError(f"--config_overrides {text}: {key} must be at least 1")
-        if kind is float and not 0 <= overrides[key] < 1:
+        if kind is float and not 0 <= overrides[key] < 1 and (key, overrides[key]) != ("layerscale_value", 1):
             raise InputError(f"--config_overrides {text}: {key} must be from 0 up to, not including, 1")
     return overrides
 
 
-def _architecture_sizes(args: DinoArguments) -> tuple[str, int, int, int]:
+def _architecture(args: DinoArguments) -> Network:
     from transformers.activations import ACT2FN
 
     from ..models.architectures import ARCHITECTURES
 
-    name = args.architecture or DEFAULT_ARCHITECTURE
+    name = args.architecture or DEFAULT_ARCHITECTURES.get(args.objective, DEFAULT_ARCHITECTURE)
     if name not in ARCHITECTURES:
         raise InputError(f"--architecture {name} is unknown: choose one of {', '.join(ARCHITECTURES)}")
-    sizes = {**ARCHITECTURES[name], **parse_config_overrides(args.config_overrides)}
+    overrides = parse_config_overrides(args.config_overrides)
+    for key in overrides if not name.startswith("dinov2_") else ():
+        if key in DINOV2_OVERRIDES:
+            raise InputError(f"--config_overrides {args.config_overrides}: {key} is of DINOv2 networks, not of {name}")
+    sizes = {**ARCHITECTURES[name], **overrides}
     if sizes.get("hidden_act", "gelu") not in ACT2FN:
         raise InputError(f"--config_overrides: hidden_act {sizes['hidden_act']} is unknown; use gelu, relu or silu")
     width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     if width % heads:
         raise InputError(f"--config_overrides: hidden_size {width} is no multiple of num_attention_heads {heads}")
-    return (
-        name,
-        sizes["num_hidden_layers"],
-        args.image_size or DEFAULT_IMAGE_SIZE,
-        args.patch_size or sizes["patch_size"],
+    if name.startswith("dinov2_") and sizes.get("intermediate_size", width) % width:
+        raise InputError(
+            f"--config_overrides: intermediate_size {sizes['intermediate_size']} is no multiple of hidden_size "
+            f"{width}, which DINOv2 asks for"
+        )
+    return Network(
+        name=name,
+        depth=sizes["num_hidden_layers"],
+        image_size=args.image_size or DEFAULT_IMAGE_SIZE,
+        patch_size=args.patch_size or sizes["patch_size"],
+        hidden_size=width,
+        num_heads=heads,
+        num_prefix=2 if name.startswith("deit_") else 1,
     )
 
 
-def _checkpoint_sizes(args: DinoArguments) -> tuple[str, int, int, int]:
+def _checkpoint(args: DinoArguments) -> Network:
     from transformers import AutoConfig
 
     from .. import models  # noqa: F401  registers the model types
@@ -178,7 +223,15 @@ def _checkpoint_sizes(args: DinoArguments) -> tuple[str, int, int, int]:
             f"--image_size {args.image_size}: {name} was made for {config.image_size} pixels; leave it out and choose "
             "crops with --global_crop_size"
         )
-    return name, config.num_hidden_layers, config.image_size, config.patch_size
+    return Network(
+        name=name,
+        depth=config.num_hidden_layers,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_prefix=2 if "deit" in config.model_type else 1,
+    )
 
 
 def _check_multiple(option: str, size: int, patch_size: int) -> None:
@@ -186,28 +239,3 @@ def _check_multiple(option: str, size: int, patch_size: int) -> None:
         below = size // patch_size * patch_size
         near = f"{below} or {below + patch_size}" if below else f"{patch_size}"
         raise InputError(f"--{option} {size} is no multiple of the patch size {patch_size}: use {near}")
-
-
-def _kept_patches(option: str, size: int, patch_size: int, keep_rate: float, layers: Sequence[int]) -> tuple[int, ...]:
-    from ..reduction import token_counts
-
-    def counts(pixels: int, rate: float) -> list[int]:
-        return token_counts((pixels // patch_size) ** 2, rate, len(layers))
-
-    found = counts(size, keep_rate)
-    if not layers or found[-1] >= MIN_KEPT_PATCHES:
-        return tuple(found)
-    enough_size = size
-    while counts(enough_size, keep_rate)[-1] < MIN_KEPT_PATCHES:
-        enough_size += patch_size
-    remedy = f"use --{option} {enough_size}"
-    # counts only grow with the rate, and 1.0 keeps everything
-    rates = [rate / 100 for rate in range(1, 101) if counts(size, rate / 100)[-1] >= MIN_KEPT_PATCHES]
-    if rates:
-        remedy += f" or --keep_rate {rates[0]:g}"
-    kept = ", ".join(str(count) for count in found[1:])
-    blocks = ", ".join(str(layer) for layer in layers)
-    raise InputError(
-        f"--{option} {size} gives {found[0]} patches, of which blocks {blocks} would keep {kept} at keep_rate "
-        f"{keep_rate:g}; at least {MIN_KEPT_PATCHES} must stay: {remedy} or more, or fewer --reduction_layers"
-    )

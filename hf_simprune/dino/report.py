@@ -2,6 +2,7 @@
 """What a finished run shows: the loss curve, the pruned tokens, the model card."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from .arguments import DinoArguments
 from .build import Normalisation
 from .resolve import ResolvedSettings
 from .runlog import read_metrics
-from .snapshots import MOMENTS
+from .snapshots import MOMENTS, stage_dropped
 
 
 LOSS_CURVE = "loss_curve.png"
 PRUNED_TOKENS = "pruned_tokens.png"
+TOKENS_BY_DEPTH = "tokens_by_depth.png"
+_MOST_PANELS = 6
 # Where a run reads and writes, and what does not change its result.
 _NOT_SHOWN = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_schedule_change", "save_steps",
@@ -32,30 +35,46 @@ _NOT_SHOWN = (
 
 
 def draw_pictures(output_dir: Path, snapshots: Path, settings: ResolvedSettings, norm: Normalisation) -> None:
-    """Loss curve from `metrics.jsonl`; pruned tokens from the snapshots of a run with token reduction."""
+    """Loss curve from `metrics.jsonl`; from the snapshots of a run with token reduction, pruned and merged tokens over
+    the training, after all stages, and over the depth, at its end."""
     records = read_metrics(output_dir / "metrics.jsonl")
     if any("loss" in record for record in records):
         plot_loss_curve(records, output_dir / LOSS_CURVE)
     if snapshots.exists():
         stages = [f"block {layer}" for layer in settings.reduction_layers]
-        moments, views = pruned_views(load_file(snapshots), settings, norm)
+        stored = load_file(snapshots)
+        moments = [moment for moment in MOMENTS if moment in stored]
+        if not moments:
+            return
+        views = token_views(stored, [(moment, -1) for moment in moments], settings, norm)
         plot_pruned_tokens(views, [f"{moment} of training" for moment in moments], stages, output_dir / PRUNED_TOKENS)
+        depth = stored[f"{moments[-1]}_tokens"].shape[2]
+        shown = sorted({round(place) for place in np.linspace(0, depth - 1, min(depth, _MOST_PANELS))})
+        views = token_views(stored, [(moments[-1], stage) for stage in shown], settings, norm)
+        plot_pruned_tokens(views, [f"after {stages[stage]}" for stage in shown], stages, output_dir / TOKENS_BY_DEPTH)
 
 
-def pruned_views(
-    stored: dict[str, Tensor], settings: ResolvedSettings, norm: Normalisation
-) -> tuple[list[str], list[PrunedView]]:
-    """Rows for the picture from a snapshot file: for each image the student's view, then the teacher's."""
-    moments = [moment for moment in MOMENTS if moment in stored]
+def token_views(
+    stored: dict[str, Tensor], panels: Sequence[tuple[str, int]], settings: ResolvedSettings, norm: Normalisation
+) -> list[PrunedView]:
+    """Rows for the pictures from a snapshot file: for each image the student's view, then the teacher's.
+
+    panels: a moment of training, and the stage after which its tokens are shown, counted from 0 or from the end.
+    """
     side = settings.global_crop_size // settings.patch_size
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (norm.mean, norm.std))
     rows = []
     for image, crops in enumerate(stored["views"]):
         for branch, name in enumerate(("student", "teacher")):
             pixels = (crops[branch] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-            grids = [np.asarray(stored[moment][image, branch]).reshape(side, side) for moment in moments]
-            rows.append(PrunedView(f"{name}, view {branch + 1}", pixels, grids))
-    return moments, rows
+            dropped, tokens = [], []
+            for moment, stage in panels:
+                followed = stored[f"{moment}_tokens"][image, branch]
+                until = followed[: range(len(followed))[stage] + 1]
+                dropped.append(stage_dropped(until.unsqueeze(0)).view(side, side).numpy())
+                tokens.append(until[-1].view(side, side).numpy())
+            rows.append(PrunedView(f"{name}, view {branch + 1}", pixels, dropped, tokens))
+    return rows
 
 
 def write_card(
@@ -121,6 +140,8 @@ def write_card(
         knn_temperature=args.knn_temperature,
         loss_curve=LOSS_CURVE if (output_dir / LOSS_CURVE).exists() else None,
         pruned_tokens=PRUNED_TOKENS if (output_dir / PRUNED_TOKENS).exists() else None,
+        tokens_by_depth=TOKENS_BY_DEPTH if (output_dir / TOKENS_BY_DEPTH).exists() else None,
+        objective=args.objective,
     )
     (output_dir / "README.md").write_text(render_model_card(card), encoding="utf-8")
 

@@ -113,8 +113,9 @@ def resolve(args: DinoArguments, num_images: int | None, world_size: int) -> Res
     if args.local_crop_size is None and args.local_crops_number > 0:
         notes.append(f"local_crop_size {sizes.local_crop_size}: 96 of 224 pixels in proportion, in whole patches")
     if args.reduction_layers is None and sizes.reduction_layers:
-        blocks = ", ".join(map(str, sizes.reduction_layers))
-        notes.append(f"reduction_layers {blocks}: a quarter, half and three quarters of {sizes.depth} blocks")
+        own = sizes.reduction_layers != sizes.setting.layers
+        reason = "the method's own schedule" if own else f"a quarter, half and three quarters of {sizes.depth} blocks"
+        notes.append(f"reduction_layers {', '.join(map(str, sizes.reduction_layers))}: {reason}")
 
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
     steps_per_epoch = None

@@ -23,6 +23,7 @@ from .build import (
     attention_implementation,
     augmentation,
     build_dual_branch,
+    build_objective,
     build_schedules,
     image_processor,
     normalisation,
@@ -45,11 +46,13 @@ SNAPSHOTS = f"{TRAINING}/pruned_tokens.safetensors"
 UNCHANGED_ON_RESUME = frozenset(
     (
         "architecture", "config_overrides", "model_name_or_path", "model_revision", "image_size", "patch_size",
-        "drop_path_rate", "token_reduction", "keep_rate", "curriculum", "matching", "norm_last_layer", "student_temp",
-        "teacher_temp", "center_momentum", "momentum_teacher", "global_crop_size", "local_crop_size",
-        "local_crops_number", "global_crops_scale", "local_crops_scale", "hflip_prob", "color_jitter",
-        "color_jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob", "min_learning_rate", "weight_decay",
-        "weight_decay_end", "max_grad_norm", "clip_grad",
+        "drop_path_rate", "token_reduction", "keep_rate", "curriculum", "matching", "reduction_options",
+        "norm_last_layer", "student_temp", "teacher_temp", "center_momentum", "momentum_teacher",
+        "global_crop_size", "local_crop_size", "local_crops_number", "global_crops_scale", "local_crops_scale",
+        "hflip_prob", "color_jitter", "color_jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob",
+        "min_learning_rate", "weight_decay", "weight_decay_end", "max_grad_norm", "clip_grad", "objective",
+        "dino_loss_weight", "ibot_loss_weight", "koleo_loss_weight", "centering", "shared_heads", "mask_probability",
+        "mask_ratio_min", "mask_ratio_max", "masked_policy",
     )
 )  # fmt: skip
 
@@ -85,9 +88,7 @@ def run_training(args: DinoArguments) -> None:
         except UploadError as error:  # the Hub being away for a moment is no reason to stop training
             say(f"warning: step {step} was not published: {error}")
 
-    engine = DinoEngine(
-        model, accelerator, args.student_temp, args.center_momentum, settings.max_grad_norm, settings.clip_grad
-    )
+    engine = DinoEngine(model, accelerator, build_objective(args), settings.max_grad_norm, settings.clip_grad)
     schedules = build_schedules(args, settings)
     snapshots = PruningSnapshots(output_dir / SNAPSHOTS, model, settings.total_steps)
     trainer = DinoTrainer(
@@ -183,12 +184,14 @@ def loop_settings(args: DinoArguments, settings: ResolvedSettings, output_dir: P
 def window_description(args: DinoArguments, settings: ResolvedSettings) -> Callable[[StepValues], dict[str, float]]:
     """The curriculum's window in the first stage of a global crop, in tokens, for the log."""
     counts = settings.geometry.global_counts
-    if args.token_reduction != "simprune" or len(counts) < 2:
+    if args.token_reduction not in ("simprune", "simprune_dynamic") or len(counts) < 2:
         return lambda values: {}
+    # the dynamic variant's window holds what its gates may not touch, half of the tokens
+    size = counts[1] if args.token_reduction == "simprune" else counts[0] - counts[0] // 2
 
     def describe_window(values: StepValues) -> dict[str, float]:
         progress = torch.tensor(values.window_progress, dtype=torch.float32)
-        offset = window_offset(progress, counts[0], counts[1]).item()
+        offset = window_offset(progress, counts[0], size).item()
         return {"window_progress": values.window_progress, "window_offset": offset}
 
     return describe_window

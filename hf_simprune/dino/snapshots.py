@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records which tokens were pruned in both views at the start, middle and end of the curriculum."""
+"""Records which tokens left or merged in both views at the start, middle and end of the curriculum."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,27 +23,33 @@ def moment_steps(total_steps: int) -> dict[int, tuple[str, ...]]:
     return {step: tuple(name for name, at in zip(MOMENTS, steps, strict=True) if at == step) for step in steps}
 
 
-def stage_dropped(kept: list[Tensor], num_patches: int) -> Tensor:
-    """Per patch, the reduction (counted from 1) at which it left, or 0 if it stayed: (rows, num_patches) int64.
+def follow_tokens(groups: Sequence[Tensor]) -> Tensor:
+    """The token that each patch of a crop is in after every stage: (rows, stages, patches) int64, -1 from where it was
+    dropped on.
 
-    `kept[s]` are the indices (rows, K_s) kept at reduction s, counted among the patches that entered it.
+    `groups[s]` (rows, n_s) is `TokenMap.groups()` of stage s: for each token that enters, the one it goes into.
     """
-    rows = kept[0].shape[0]
-    alive = torch.arange(num_patches, device=kept[0].device).expand(rows, num_patches)
-    result = torch.zeros(rows, num_patches, dtype=torch.int64, device=kept[0].device)
-    for stage, keep in enumerate(kept, start=1):
-        survivors = alive.gather(1, keep)
-        left = torch.ones_like(result, dtype=torch.bool).scatter(1, survivors, False)
-        result[left & (result == 0)] = stage
-        alive = survivors
-    return result
+    tokens = groups[0]
+    followed = [tokens]
+    for stage in groups[1:]:
+        tokens = torch.where(tokens < 0, tokens, stage.gather(1, tokens.clamp_min(0)))
+        followed.append(tokens)
+    return torch.stack(followed, dim=1)
+
+
+def stage_dropped(followed: Tensor) -> Tensor:
+    """Per patch, the stage (counted from 1) at which it left, or 0 if it stayed: (rows, patches) from the tokens of
+    `follow_tokens`, (rows, stages, patches)."""
+    survived = (followed >= 0).sum(dim=1)
+    return torch.where(survived == followed.shape[1], 0, survived + 1)
 
 
 class PruningSnapshots:
     """Passes the same few images through both branches at each moment and keeps the maps in one safetensors file.
 
-    File contents: `views` (n, 2, C, H, W), the normalised crops that student and teacher saw, and for each moment
-    `<moment>` (n, 2, patches): `stage_dropped` of the student in view 0 and of the teacher in view 1.
+    File contents: `views` (n, 2, C, H, W), the normalised crops that student and teacher saw, and for each moment, of
+    the student in view 0 and of the teacher in view 1: `<moment>` (n, 2, patches), `stage_dropped`, and
+    `<moment>_tokens` (n, 2, stages, patches), `follow_tokens`.
     """
 
     def __init__(self, path: Path, model: DualBranch, total_steps: int) -> None:
@@ -61,13 +68,14 @@ class PruningSnapshots:
         self.model.eval()
         devices = [crops.device] if crops.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            kept = self.model(crops, None, progress).kept
+            maps = self.model(crops, None, progress).maps
         self.model.train()
-        if not kept:
+        if not maps:
             return
-        patches = self.model.student.backbone.embed(crops[:1]).shape[1] - self.model.student.backbone.num_prefix_tokens
-        student, teacher = (stage_dropped([stage[branch] for stage in kept], patches) for branch in (0, 1))
+        student, teacher = (follow_tokens([stage[branch].groups() for stage in maps]) for branch in (0, 1))
         n = len(crops) // 2
+        followed = torch.stack([student[:n], teacher[n:]], dim=1)
         for moment in self.moments[step]:
-            stored[moment] = torch.stack([student[:n], teacher[n:]], dim=1).cpu()
+            stored[moment] = stage_dropped(followed.flatten(0, 1)).unflatten(0, (n, 2)).cpu()
+            stored[f"{moment}_tokens"] = followed.to(torch.int32).cpu()
         save_file(stored, self.path)

@@ -59,6 +59,7 @@ class Window:
     entropy: float = 0.0
     seconds: float = 0.0
     data_wait: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
 
     def add(self, result: StepResult, seconds: float, data_wait: float) -> None:
         self.steps += 1
@@ -66,6 +67,13 @@ class Window:
         self.entropy += result.teacher_entropy
         self.seconds += seconds
         self.data_wait += data_wait
+        for name, value in result.parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + value
+
+    @property
+    def cls_loss(self) -> float:
+        """As `StepResult.cls_loss`, summed."""
+        return self.parts.get("dino_loss", self.loss)
 
 
 def step_seed(seed: int, batch: int, rank: int) -> int:
@@ -78,7 +86,7 @@ class DinoTrainer:
     """Runs `engine` over `source` until `schedules.total_steps` optimiser steps are done.
 
     Args:
-        engine: model, optimiser and centre.
+        engine: model, optimiser and objective.
         schedules: values of every step.
         source: crops.
         settings: logging, saving, seed.
@@ -109,8 +117,7 @@ class DinoTrainer:
         self.snapshot_steps = snapshot_steps
         self.describe_window = describe_window or (lambda values: {})
         self.after_save = after_save
-        out_dim = engine.center.numel()
-        self.monitor = CollapseMonitor(out_dim=out_dim, start_step=schedules.warmup_end)
+        self.monitor = CollapseMonitor(out_dim=engine.out_dim, start_step=schedules.warmup_end)
         self.step = 0
         self.batches_seen = 0
         self.skipped_in_a_row = 0
@@ -176,6 +183,7 @@ class DinoTrainer:
             due = self._log_due(self.step + 1)
             torch.manual_seed(step_seed(settings.seed, self.batches_seen, self.accelerator.process_index))
             views = [self.source.views(batch) for batch in micro_batches]
+            self.engine.before_step(self.step, settings.steps_per_epoch, views)
             if self.snapshot is not None and self.step in self.snapshot_steps:
                 self.snapshot(self.step, views[0], values)
             try:
@@ -205,7 +213,7 @@ class DinoTrainer:
         self.skipped_in_a_row = 0
         self.step += 1
         self.window.add(result, seconds, data_wait)
-        message = self.monitor.update(self.step, result.loss, result.teacher_entropy)
+        message = self.monitor.update(self.step, result.cls_loss, result.teacher_entropy)
         if message:
             log.say(f"warning: {message}")
             log.write({"step": self.step, "collapse": message})
@@ -279,7 +287,8 @@ class DinoTrainer:
             **self._epoch(),
             "loss": window.loss / n,
             "teacher_entropy": window.entropy / n,
-            "kl": (window.loss - window.entropy) / n,
+            "kl": (window.cls_loss - window.entropy) / n,
+            **{name: value / n for name, value in window.parts.items()},
             "gradient_norm": result.gradient_norm,
             "learning_rate": values.learning_rate,
             "weight_decay": values.weight_decay,

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from ..errors import InputError
 from .arguments import DinoArguments
+from .dinov2.validation import check_objective
 from .geometry import geometry, parse_config_overrides
 
 
@@ -33,9 +34,14 @@ _RANGES: tuple[tuple[str, _Accept, tuple[str, ...]], ...] = (
             "dataloader_num_workers", "local_crops_number", "min_learning_rate", "weight_decay", "weight_decay_end",
             "max_grad_norm", "clip_grad", "warmup_epochs", "warmup_steps", "warmup_teacher_temp_epochs",
             "warmup_teacher_temp_steps", "freeze_last_layer", "freeze_last_layer_steps", "knn_every", "seed",
+            "dino_loss_weight", "ibot_loss_weight", "koleo_loss_weight",
         ),
     ),
-    ("from 0 to 1", lambda v: 0 <= v <= 1, ("hflip_prob", "color_jitter_prob", "grayscale_prob", "momentum_teacher")),
+    (
+        "from 0 to 1",
+        lambda v: 0 <= v <= 1,
+        ("hflip_prob", "color_jitter_prob", "grayscale_prob", "momentum_teacher", "mask_probability"),
+    ),
     ("from 0 up to, not including, 1", lambda v: 0 <= v < 1, ("drop_path_rate", "center_momentum")),
     ("above 0 and at most 1", lambda v: 0 < v <= 1, ("keep_rate",)),
     ("-1 (train num_train_epochs) or above 0", lambda v: v == -1 or v > 0, ("max_steps",)),
@@ -72,7 +78,7 @@ def validate(args: DinoArguments) -> None:
     if args.overwrite_output_dir and args.resume_from_checkpoint is not None:
         raise InputError("--overwrite_output_dir and --resume_from_checkpoint exclude each other: give one")
     parse_config_overrides(args.config_overrides)
-    geometry(args)
+    check_objective(args, geometry(args))
     tracker_names(args.report_to)
     if args.push_to_hub:
         hub_model_id(args)

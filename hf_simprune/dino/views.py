@@ -130,6 +130,8 @@ def grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def finished_views(batch: Batch, config: AugmentationConfig, device: torch.device) -> Views:
-    """Normalised crops on the device."""
-    global_crops, local_crops = apply_photometric(batch.to(device, non_blocking=True), config, device)
-    return Views(global_crops, local_crops, batch.bad_indices)
+    """Normalised crops, and masks if there are any, on the device."""
+    batch = batch.to(device, non_blocking=True)
+    global_crops, local_crops = apply_photometric(batch, config, device)
+    masks = None if batch.masks is None else batch.masks.flatten(0, 1)
+    return Views(global_crops, local_crops, batch.bad_indices, masks)

@@ -57,7 +57,8 @@ class TrainingCard:
         knn_k, knn_temperature: of the k-NN classifier.
         few_labels_name: heading of the few-label column, such as "10 labels a class, 20 draws".
         gain: mean, low and high of the paired difference trained − random network, as fractions.
-        loss_curve, pruned_tokens: file names of the pictures beside the card.
+        loss_curve, pruned_tokens, tokens_by_depth: file names of the pictures beside the card.
+        objective: "dino" or "dinov2".
     """
 
     name: str
@@ -84,6 +85,8 @@ class TrainingCard:
     gain: tuple[float, float, float] | None = None
     loss_curve: str | None = None
     pruned_tokens: str | None = None
+    tokens_by_depth: str | None = None
+    objective: str = "dino"
 
 
 def render_model_card(card: TrainingCard) -> str:
@@ -91,7 +94,7 @@ def render_model_card(card: TrainingCard) -> str:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
-        tags=["dino", "simprune", "vision", "self-supervised-learning"],
+        tags=[card.objective, "simprune", "vision", "self-supervised-learning"],
         license=card.license,
         datasets=card.dataset_id,
         base_model=card.base_model,

@@ -10,7 +10,7 @@ from hf_simprune.dino.engine import DinoEngine, Views
 from hf_simprune.dino.head import DinoHead
 from hf_simprune.dino.schedules import DinoSchedules
 from hf_simprune.models.architectures import build_backbone
-from hf_simprune.reduction import build_reducer
+from hf_simprune.reduction import ReductionSetting, build_reducer
 
 from .image_files import encode, pixels, write_parquet
 
@@ -27,13 +27,16 @@ def tiny_branch(architecture="vit_micro", drop_path_rate=0.0, **changes) -> Bran
 def tiny_dual(
     reduction="none", keep_rate=1.0, layers=(1, 2, 3), dtype=torch.float64, seed=0, architecture="vit_micro", **changes
 ) -> DualBranch:
+    """`options` are those of the reduction; crops come as in `tiny_views`."""
     torch.manual_seed(seed)
     student, teacher = (
         tiny_branch(architecture, drop_path_rate=changes.get("drop_path_rate", 0.0)),
         tiny_branch(architecture),
     )
-    reducer = build_reducer(reduction, keep_rate)
-    return DualBranch(student, teacher, reducer, tuple(layers)).to(dtype)
+    prefix = 2 if architecture.startswith("deit") else 1
+    setting = ReductionSetting(tuple(layers), 4, 24, 2, prefix, grids=((4, 4), (2, 2)))
+    reducer = build_reducer(reduction, keep_rate, setting, changes.get("options"))
+    return DualBranch(student, teacher, reducer).to(dtype)
 
 
 def tiny_engine(dual: DualBranch | None = None, **changes) -> DinoEngine:

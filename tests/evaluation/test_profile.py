@@ -19,7 +19,7 @@ from hf_simprune.evaluation.profile import (
     training_step_macs,
 )
 from hf_simprune.models.architectures import build_backbone
-from hf_simprune.reduction import SimPruneReducer
+from hf_simprune.reduction import ReductionSetting, SimPruneReducer
 
 
 LAYERS = (3, 6, 9)
@@ -137,7 +137,7 @@ def test_the_forward_of_a_training_step_equals_its_operators(layers):
     ]
     for branch in branches:
         branch.backbone.set_attn_implementation("eager")
-    dual = DualBranch(*branches, SimPruneReducer(0.7) if layers else None, layers)
+    dual = DualBranch(*branches, SimPruneReducer(0.7, ReductionSetting(layers)) if layers else None)
     views, local = torch.randn(2 * images, 3, 32, 32), torch.randn(crops * images, 3, 24, 24)
     spec = BackboneSpec.from_config(branches[0].backbone.config)
     step = training_step_macs(spec, 16, 0.7 if layers else 1.0, layers, 9, crops, head)
