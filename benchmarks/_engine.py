@@ -3,17 +3,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers import PretrainedConfig
 
 from hf_simprune.dino.build import default_attention
 from hf_simprune.dino.dual_branch import Branch, DualBranch
 from hf_simprune.dino.engine import DinoEngine, Views
 from hf_simprune.dino.head import DinoHead
 from hf_simprune.dino.schedules import StepValues
+from hf_simprune.evaluation.profile import BackboneSpec
 from hf_simprune.models.architectures import build_backbone
-from hf_simprune.reduction import build_reducer, default_reduction_layers
+from hf_simprune.reduction import TokenReducer, build_reducer, default_reduction_layers
 
 
 GLOBAL_SIZE, LOCAL_SIZE = 224, 96
@@ -50,10 +53,27 @@ def random_crops(setting: Setting) -> list[torch.Tensor]:
     return [crop.to(setting.device) for crop in crops]
 
 
+def build_benchmark_reducer(
+    config: PretrainedConfig, keep_rate: float, reduction: str = "simprune", options: dict[str, Any] | None = None
+) -> TokenReducer | None:
+    """The reducer for a network of `config` on `random_crops` in the default layers; None at keep rate 1."""
+    if keep_rate == 1.0:
+        return None
+    layers = default_reduction_layers(config.num_hidden_layers)
+    spec = BackboneSpec.from_config(config)
+    setting = spec.setting(layers, config.num_attention_heads, GLOBAL_SIZE, LOCAL_SIZE)
+    return build_reducer(reduction, keep_rate, setting, options)
+
+
 def build_step(
-    setting: Setting, crops: list[torch.Tensor], keep_rate: float, clip_grad: float | None = None
+    setting: Setting,
+    crops: list[torch.Tensor],
+    keep_rate: float,
+    clip_grad: float | None = None,
+    reduction: str = "simprune",
+    options: dict[str, Any] | None = None,
 ) -> Callable[[], float]:
-    """A whole training step: dense at keep rate 1, SimPrune below. Returns the loss of the step."""
+    """A whole training step: dense at keep rate 1, with `reduction` below. Returns the loss of the step."""
     torch.manual_seed(setting.seed)
     student, teacher = (
         Branch(backbone, DinoHead(backbone.config.hidden_size, setting.out_dim))
@@ -64,10 +84,9 @@ def build_step(
     )
     for branch in (student, teacher):
         branch.backbone.set_attn_implementation(default_attention(setting.device.type, setting.bf16))
-    reducer = build_reducer("none" if keep_rate == 1.0 else "simprune", keep_rate)
-    layers = default_reduction_layers(student.backbone.config.num_hidden_layers)
+    reducer = build_benchmark_reducer(student.backbone.config, keep_rate, reduction, options)
     accelerator = Accelerator(cpu=setting.device.type == "cpu", mixed_precision="bf16" if setting.bf16 else "no")
-    engine = DinoEngine(DualBranch(student, teacher, reducer, layers), accelerator, clip_grad=clip_grad)
+    engine = DinoEngine(DualBranch(student, teacher, reducer), accelerator, clip_grad=clip_grad)
 
     def step() -> float:
         local = torch.cat(crops[2:]) if len(crops) > 2 else None

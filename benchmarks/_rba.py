@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the RBA benchmarks share: images decoded once, folds, plans on test images, intervals, tasks side by side."""
 
-import functools
 import json
 import multiprocessing
 import time
@@ -15,6 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import torch
+from _intervals import bootstrap as bootstrap
+from _intervals import mean_interval as mean_interval
+from _intervals import ratio_interval as ratio_interval
 from scipy.stats import rankdata
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -167,30 +169,6 @@ def _first_change(item: Span | Half) -> int:
     if isinstance(item, Half):
         return item.block
     return item.start - 1 if item.map == "fold" else item.start
-
-
-@functools.lru_cache(maxsize=4)
-def _weights(images: int, seed: int, resamples: int) -> np.ndarray:
-    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples) / images
-
-
-def bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray], images: int, seed: int = 0, resamples: int = 10_000
-) -> tuple[float, float]:
-    """95 % percentile interval over images; `statistic` takes weights (draws, images) with rows that sum to 1."""
-    low, high = np.percentile(statistic(_weights(images, seed, resamples)), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of (images,) values with its interval."""
-    return float(values.mean()), *bootstrap(lambda weights: weights @ values, len(values), seed)
-
-
-def ratio_interval(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of a over mean of b, both (images,) on the same images, with the paired interval."""
-    low, high = bootstrap(lambda weights: (weights @ a) / (weights @ b), len(a), seed)
-    return float(a.mean() / b.mean()), low, high
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:

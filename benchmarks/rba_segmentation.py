@@ -13,26 +13,22 @@ classifier: nothing was told of segmentation.
 
 import argparse
 import os
-from dataclasses import dataclass
 
 
 # Idle threads must sleep: a spinning one would be counted as work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import pyarrow.parquet  # noqa: E402
 import torch  # noqa: E402
 from _measure import emit, header  # noqa: E402
-from _rba import DecodedImages, calibration_rows, load_network, paper_choice, read_table  # noqa: E402
-from transformers.image_processing_utils import BaseImageProcessor  # noqa: E402
+from _rba import calibration_rows, load_network, paper_choice  # noqa: E402
+from _segmentation import Scenes, load_scenes  # noqa: E402
 
-from hf_simprune.data.decoding import decode_image, image_size  # noqa: E402
 from hf_simprune.evaluation.segmentation import (  # noqa: E402
     SegmentationResult,
     evaluate_segmentation,
     fit_segmenter,
     miou_difference,
     patch_tokens,
-    whole_patches,
 )
 from hf_simprune.rba import analyze, choose, convert  # noqa: E402
 from hf_simprune.rba.adapters import Adapter, adapter_for  # noqa: E402
@@ -53,34 +49,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="also write the numbers to this file")
     return parser.parse_args()
-
-
-@dataclass(frozen=True)
-class Scenes:
-    """Images and masks (N, H, W), the first `train` of them for training; class `ignore` does not count."""
-
-    reader: DecodedImages
-    masks: torch.Tensor
-    train: int
-    grid: tuple[int, int]
-    ignore: int
-
-
-def load_scenes(path: str, processor: BaseImageProcessor, patch: tuple[int, int], limit: int | None) -> Scenes:
-    """Decode images to whole patches and masks as they are; train rows first."""
-    table = read_table(path)
-    encoded = pyarrow.parquet.read_table(path, columns=["mask"])["mask"].to_pylist()
-    train, test = table.rows("train")[:limit], [row for row, part in enumerate(table.part) if part != "train"][:limit]
-    width, height = image_size(table.cells[train[0]])
-    size = whole_patches(height, width, patch)
-    rows = [*train, *test]
-    return Scenes(
-        DecodedImages([table.cells[row] for row in rows], processor, size),
-        torch.stack([decode_image(encoded[row])[..., 0] for row in rows]),
-        len(train),
-        (size[0] // patch[0], size[1] // patch[1]),
-        len(table.class_names) - 1,
-    )
 
 
 def tokens_of(adapter: Adapter, scenes: Scenes) -> torch.Tensor:

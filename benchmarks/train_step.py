@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does a pruned training step take the time its FLOPs promise?
 
-Times the whole step (student, teacher, heads, matching, loss, AdamW, EMA) dense and with SimPrune, one after another
-in every round, and puts the ratio of their times beside the ratio of their FLOPs.
+Times the whole step (student, teacher, heads, matching, loss, AdamW, EMA) dense and with token reduction, one after
+another in every round, and puts the ratio of their times beside the ratio of their FLOPs.
 
     python benchmarks/train_step.py --architecture vit_tiny
+    python benchmarks/train_step.py --architecture vit_tiny --reduction tome --reduction_options proportional=false
     python benchmarks/train_step.py --architecture vit_small --device cuda --bf16 --batch 128
 """
 
 import argparse
 import os
+from typing import Any
 
 
 # Idle threads must sleep: a spinning one would be counted as work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch  # noqa: E402
-from _engine import GLOBAL_SIZE, LOCAL_SIZE, Setting, build_step, random_crops  # noqa: E402
+from _engine import (  # noqa: E402
+    GLOBAL_SIZE,
+    LOCAL_SIZE,
+    Setting,
+    build_benchmark_reducer,
+    build_step,
+    random_crops,
+)
 from _measure import (  # noqa: E402
     describe,
     emit,
@@ -29,13 +38,15 @@ from _measure import (  # noqa: E402
 
 from hf_simprune.evaluation.profile import BackboneSpec, HeadSpec, step_flop_ratio  # noqa: E402
 from hf_simprune.models.architectures import build_backbone  # noqa: E402
-from hf_simprune.reduction import default_reduction_layers  # noqa: E402
+from hf_simprune.reduction import METHODS, parse_options  # noqa: E402
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="vit_tiny")
     parser.add_argument("--keep_rate", type=float, nargs="+", default=[0.8, 0.7])
+    parser.add_argument("--reduction", default="simprune", choices=list(METHODS))
+    parser.add_argument("--reduction_options", help="as in fuse=false")
     parser.add_argument("--local_crops_number", type=int, nargs="+", default=[0, 8], help="one table for each")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--out_dim", type=int, default=65536)
@@ -59,22 +70,27 @@ def setting_of(args: argparse.Namespace, local_crops: int) -> Setting:
 
 
 def flop_ratio(args: argparse.Namespace, local_crops: int, keep_rate: float) -> float:
-    spec = BackboneSpec.from_config(build_backbone(args.architecture, GLOBAL_SIZE).config)
+    config = build_backbone(args.architecture, GLOBAL_SIZE).config
+    spec, method = BackboneSpec.from_config(config), parse_method(args)
     return step_flop_ratio(
         spec,
         spec.num_patches(GLOBAL_SIZE),
-        keep_rate,
-        default_reduction_layers(spec.depth),
-        spec.num_patches(LOCAL_SIZE),
-        local_crops,
-        HeadSpec(out_dim=args.out_dim),
+        build_benchmark_reducer(config, keep_rate, *method) or 1.0,
+        num_local_patches=spec.num_patches(LOCAL_SIZE),
+        num_local_crops=local_crops,
+        head=HeadSpec(out_dim=args.out_dim),
     )
+
+
+def parse_method(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    return args.reduction, parse_options(args.reduction, args.reduction_options)
 
 
 def race(args: argparse.Namespace, local_crops: int) -> dict[str, object]:
     setting = setting_of(args, local_crops)
     crops = random_crops(setting)
-    sides = {str(rate): build_step(setting, crops, rate) for rate in (1.0, *args.keep_rate)}
+    method = dict(zip(("reduction", "options"), parse_method(args), strict=True))
+    sides = {str(rate): build_step(setting, crops, rate, **method) for rate in (1.0, *args.keep_rate)}
     times = interleave(sides, args.rounds, setting.device, warmup=2)
     peaks = {}
     if not args.no_memory:
@@ -93,7 +109,13 @@ def race(args: argparse.Namespace, local_crops: int) -> dict[str, object]:
             line += f", memory {row['memory_ratio']:.3f}"
         rows.append(row)
         print(line, flush=True)
-    return {"local_crops_number": local_crops, "seconds": times, "peak_bytes": peaks, "rows": rows}
+    return {
+        "reduction": args.reduction,
+        "local_crops_number": local_crops,
+        "seconds": times,
+        "peak_bytes": peaks,
+        "rows": rows,
+    }
 
 
 def main() -> None:
@@ -103,7 +125,8 @@ def main() -> None:
     if args.peak_of:
         local_crops, rate = args.peak_of.split(":")
         setting = setting_of(args, int(local_crops))
-        step = build_step(setting, random_crops(setting), float(rate))
+        name, options = parse_method(args)
+        step = build_step(setting, random_crops(setting), float(rate), reduction=name, options=options)
         for _ in range(3):
             step()
         print(peak_bytes(device))
