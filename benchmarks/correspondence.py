@@ -70,8 +70,6 @@ from hf_simprune.reduction import PairReducer, TokenReducer  # noqa: E402
 
 METHODS = registered(
     "none", "random", "position", "simprune@0", "simprune@0.5", "simprune@1", "evit", "tome", "mctf", "expedit",
-    # its published temperature is that of networks whose tokens lie further apart
-    "expedit:temperature=1",
 )  # fmt: skip
 COLUMNS = {
     "overlap": "overlap",

@@ -206,6 +206,11 @@ def _checkpoint(args: DinoArguments) -> Network:
         raise InputError(
             f"--model_name_or_path {name}: a {config.model_type} model; DINO starts from {', '.join(MODEL_TYPES)}"
         )
+    if config.model_type in OWN_MODEL_TYPES and config.token_reduction is not None:
+        raise InputError(
+            f"--model_name_or_path {name}: it reduces tokens at inference (token_reduction {config.token_reduction}); "
+            "DINO starts from networks with all tokens: give the model it was made from, and --token_reduction"
+        )
     if config.model_type in OWN_MODEL_TYPES and config.block_maps:
         raise InputError(
             f"--model_name_or_path {name}: maps replace its blocks {', '.join(config.block_maps)}; DINO starts from "

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import DeiTConfig, PretrainedConfig, ViTConfig
+from transformers import DeiTConfig, Dinov2Config, PretrainedConfig, ViTConfig
 
 from ..errors import InputError
 from ..reduction import (
@@ -42,9 +42,14 @@ class BackboneSpec:
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> "BackboneSpec":
-        """Read a ViT or DeiT config, or one derived from them; raises InputError for any other."""
-        if not isinstance(config, ViTConfig | DeiTConfig):
-            raise InputError(f"config is a {type(config).__name__}: FLOPs are counted for ViT and DeiT configs.")
+        """Read a ViT, DeiT or DINOv2 config, or one derived from them; raises InputError for any other.
+
+        A gated MLP (SwiGLU) counts as the plain one of as many MACs.
+        """
+        if not isinstance(config, ViTConfig | DeiTConfig | Dinov2Config):
+            raise InputError(
+                f"config is a {type(config).__name__}: FLOPs are counted for ViT, DeiT and DINOv2 configs."
+            )
         if not isinstance(config.patch_size, int):
             raise InputError(
                 f"patch_size {config.patch_size} of the config is not a whole number: give square patches."
@@ -52,7 +57,7 @@ class BackboneSpec:
         return cls(
             hidden_size=config.hidden_size,
             depth=config.num_hidden_layers,
-            intermediate_size=config.intermediate_size,
+            intermediate_size=_dinov2_mlp(config) if isinstance(config, Dinov2Config) else config.intermediate_size,
             patch_size=config.patch_size,
             num_channels=config.num_channels,
             num_prefix_tokens=2 if isinstance(config, DeiTConfig) else 1,
@@ -66,6 +71,14 @@ class BackboneSpec:
         """What a reducer is built for; `image_sizes` of square images, in pixels a side."""
         grids = tuple((size // self.patch_size,) * 2 for size in image_sizes)
         return ReductionSetting(tuple(layers), self.depth, self.hidden_size, num_heads, self.num_prefix_tokens, grids)
+
+
+def _dinov2_mlp(config: Dinov2Config) -> int:
+    """Width of the plain MLP with as many MACs as DINOv2's: its gated one has three products in place of two."""
+    width = int(config.hidden_size * config.mlp_ratio)
+    if not config.use_swiglu_ffn:
+        return width
+    return 3 * ((int(width * 2 / 3) + 7) // 8 * 8) // 2
 
 
 @dataclass(frozen=True)

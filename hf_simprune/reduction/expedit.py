@@ -22,9 +22,9 @@ class ExpeditReducer(BranchReducer):
     """Local clustering of the token grid behind a block, and reconstruction from the nearest clusters.
 
     Centroids start as the adaptive average pool of the grid. In every iteration each token spreads over the centroids
-    in the 5 x 5 window around its own place by softmax(-temperature * squared distance), and a centroid becomes the
-    mean of the tokens by what they give to it; one that nothing is given to stays. The result is linear in the tokens,
-    the affinities have no gradient. To restore, each token mixes the `neighbours` centroids nearest to its features
+    in the 5 x 5 window around its own place by softmax(-squared distance), and a centroid becomes the mean of the
+    tokens by what they give to it; one that nothing is given to stays. The result is linear in the tokens, the
+    affinities have no gradient. To restore, each token mixes the `neighbours` centroids nearest to its features
     before clustering, by exp(-temperature * squared distance). These weights sum to 1, where the original code divides
     them by their Euclidean norm. Prefix tokens are left alone.
 
@@ -197,17 +197,17 @@ def cluster(
             gram = tokens @ tokens.transpose(1, 2)
         outside = ~window(grid, target, tokens.device)
         for _ in range(iterations):
-            affinities = nearness(tokens, means, gram, temperature).masked_fill_(outside, -math.inf).softmax(-1)
+            affinities = nearness(tokens, means, gram).masked_fill_(outside, -math.inf).softmax(-1)
             totals = affinities.sum(1, keepdim=True)
             # Softmax can leave a centroid nothing, in fp32: it stays where it is.
             empty = totals < torch.finfo(totals.dtype).tiny
             means = torch.where(empty, means, affinities / totals.masked_fill(empty, 1))
-        up = reconstruction_weights(nearness(tokens, means, gram, temperature), neighbours)
+        up = reconstruction_weights(nearness(tokens, means, gram).mul_(temperature), neighbours)
     return means.transpose(1, 2), up, affinities.argmax(-1)
 
 
-def nearness(tokens: Tensor, means: Tensor, gram: Tensor | None, temperature: float) -> Tensor:
-    """-temperature * squared distance of tokens (R, n, D) from centroids, (R, n, m), but for the tokens' own lengths,
+def nearness(tokens: Tensor, means: Tensor, gram: Tensor | None) -> Tensor:
+    """Minus the squared distance of tokens (R, n, D) from centroids, (R, n, m), but for the tokens' own lengths,
     which softmax over the centroids and their order do not depend on.
 
     means: (R, n, m), the tokens' weights in each centroid. gram: the tokens' products with each other, (R, n, n), None
@@ -219,7 +219,7 @@ def nearness(tokens: Tensor, means: Tensor, gram: Tensor | None, temperature: fl
         products = gram @ means
     # A mean's product with itself is the mean, by the same weights, of the tokens' products with it.
     lengths = (means * products).sum(1, keepdim=True)
-    return products.mul_(2).sub_(lengths).mul_(temperature)
+    return products.mul_(2).sub_(lengths)
 
 
 def product_macs(count: int, clusters: int, width: int, times: int) -> int:

@@ -9,6 +9,7 @@ from transformers import ViTConfig
 from hf_simprune.dino.geometry import OVERRIDE_KINDS, default_local_crop_size, geometry, parse_config_overrides
 from hf_simprune.dino.validation import check_batch_size, check_precision, hub_model_id, tracker_names, validate
 from hf_simprune.errors import InputError
+from hf_simprune.models import SimPruneViTConfig
 from hf_simprune.models.architectures import DINOV2_OVERRIDES, OVERRIDES
 
 from .make_arguments import make_arguments
@@ -242,6 +243,13 @@ class TestGeometry:
             geometry(replace(arguments, image_size=96))
         with pytest.raises(InputError, match="--patch_size 16: the patches of .* have 8 pixels a side"):
             geometry(replace(arguments, patch_size=16))
+
+    def test_a_checkpoint_that_reduces_tokens_is_refused(self, tmp_path):
+        SimPruneViTConfig(token_reduction="evit", keep_rate=0.7).save_pretrained(tmp_path)
+        with pytest.raises(
+            InputError, match="reduces tokens at inference .token_reduction evit"
+        ):
+            geometry(make_arguments(model_name_or_path=str(tmp_path)))
 
     def test_a_checkpoint_of_another_family_is_refused(self, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "bert"}')

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DeiTConfig, DeiTModel, Dinov2Config, ViTConfig, ViTModel
+from transformers import CLIPVisionConfig, DeiTConfig, DeiTModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from hf_simprune.dino.dual_branch import Branch, DualBranch
 from hf_simprune.dino.head import DinoHead
@@ -71,6 +71,18 @@ def test_dense_and_reduced_counts_equal_the_operators_of_the_stock_model(config,
     counts.append(-(-counts[0] * 7 // 10))
     expected = counted_macs(lambda: pruned_forward(model, pixels, counts, layers))
     assert backbone_macs(spec, patches, 0.7, layers) == expected
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_dinov2_counts_equal_the_operators_of_the_stock_model(gated):
+    config = Dinov2Config(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, mlp_ratio=3, image_size=42, use_swiglu_ffn=gated
+    )
+    with torch.device("meta"):
+        config._attn_implementation = "eager"
+        model = Dinov2Model(config)
+        pixels = torch.empty(1, 3, 42, 42)
+    assert backbone_macs(BackboneSpec.from_config(config), 9) == counted_macs(lambda: model(pixels))
 
 
 def test_deit_small_costs_the_published_share():
@@ -146,8 +158,8 @@ def test_the_forward_of_a_training_step_equals_its_operators(layers):
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(InputError, match="Dinov2Config"):
-        BackboneSpec.from_config(Dinov2Config())
+    with pytest.raises(InputError, match="CLIPVisionConfig"):
+        BackboneSpec.from_config(CLIPVisionConfig())
     with pytest.raises(InputError, match="patch_size"):
         BackboneSpec.from_config(ViTConfig(patch_size=[16, 8]))
     with pytest.raises(InputError, match="keep_rate"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageClassification, ViTImageProcessorPil, pipeline
@@ -219,7 +220,7 @@ def test_the_network_can_be_compiled(method: str, images: Tensor):
 def test_fine_tuning_with_gradient_checkpointing(family: Family, method: str, images: Tensor, use_reentrant: bool):
     plain = reduced(family, method, "classifier", drop_path_rate=0.3, restore_tokens=not use_reentrant).train()
     checkpointed = copy.deepcopy(plain)
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     for model in (plain, checkpointed):
         torch.manual_seed(8)
         output = model(images, labels=torch.tensor([0, 1, 1, 0]))
@@ -298,13 +299,13 @@ def test_what_cannot_be_done_is_refused_in_one_line_when_the_network_is_built(
 
 def test_settings_are_refused_before_weights_are_read(family: Family, tmp_path):
     family.stock("classifier").save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="keep_rat"):
+        family.classifier.from_pretrained(tmp_path, token_reduction="tome", keep_rat=0.6)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="keep_rate 0.4.*tome"):
         family.classifier.from_pretrained(tmp_path, token_reduction="tome", keep_rate=0.4)
-    with pytest.raises(Exception, match="keep_rate"):
+    with pytest.raises(StrictDataclassError, match="keep_rate"):
         family.classifier.from_pretrained(tmp_path, token_reduction="tome", keep_rate="half")
-    with pytest.raises(TypeError, match="keep_rat"):
-        family.classifier.from_pretrained(tmp_path, token_reduction="tome", keep_rat=0.6)
 
 
 def test_maps_elsewhere_and_replaced_mlps_are_no_hindrance(family: Family, images: Tensor):
@@ -347,11 +348,7 @@ def test_the_real_network_is_the_stock_one_at_keep_rate_one(shared_data: Path, m
         expected = stock(batch).logits
         got = VIT.classifier.from_pretrained(folder, token_reduction=method, keep_rate=1.0)(batch).logits
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
-        # The paper's temperature is for features of larger networks: with it the clusters of this one are all alike.
-        options = {"temperature": 2.0} if method == "expedit" else None
-        fewer = VIT.classifier.from_pretrained(
-            folder, token_reduction=method, keep_rate=0.7, restore_tokens=True, reduction_options=options
-        )
+        fewer = VIT.classifier.from_pretrained(folder, token_reduction=method, keep_rate=0.7, restore_tokens=True)
         agreement = (fewer(batch).logits.argmax(-1) == expected.argmax(-1)).float().mean().item()
         print(f"{method}: {agreement:.0%} of 8 images classified as by the whole network at keep rate 0.7")
         assert agreement >= 0.6  # of a thousand classes

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedModel, ResNetConfig, ResNetModel
 
 from hf_simprune import InputError, models
+from hf_simprune.models import SimPruneViTConfig, SimPruneViTModel
 from hf_simprune.rba.adapters import adapter_for, module_forward
 
 from .conftest import DEPTH, IMAGE_SIZE, WIDTH, make_model
@@ -215,3 +216,10 @@ def test_an_unsupported_family_is_told_what_is_supported():
 def test_a_model_in_training_mode_is_refused():
     with pytest.raises(InputError, match=r"training mode.*eval\(\)"):
         adapter_for(make_model("vit").train())
+
+
+def test_a_model_that_reduces_tokens_is_refused():
+    config = SimPruneViTConfig.from_stock(make_model("vit").config)
+    config.token_reduction, config.keep_rate = "tome", 0.7
+    with pytest.raises(InputError, match="token_reduction tome.*take the model without token_reduction"):
+        adapter_for(SimPruneViTModel(config).eval())

@@ -12,7 +12,7 @@ from hf_simprune.cli import main
 from hf_simprune.rba import run
 from hf_simprune.rba.plan import CompressionPlan, Half, Span
 
-from ..rba.tiny_compression import DEPTH, dinov2, save_checkpoint, vit
+from ..rba.tiny_compression import DEPTH, clip, save_checkpoint, vit
 from ..tiny_run import png, write_images
 
 
@@ -89,13 +89,13 @@ def test_plans_that_do_not_fit(refused, checkpoint, images, tmp_path):
 
 
 def test_maps_that_a_family_cannot_have(refused, images, tmp_path):
-    source = save_checkpoint(tmp_path / "dino", dinov2())
+    source = save_checkpoint(tmp_path / "clip", clip())
     line = refused(source, images, "--remove-blocks", "1", "--map", "linear")
-    assert "--map linear: a Dinov2Model can have fold and identity only" in line
+    assert "--map linear: a CLIPModel can have fold and identity only" in line
     line = refused(source, images, "--max_flops", "0.8x", "--granularity", "half")
-    assert "--granularity half: halves of a Dinov2Model cannot be replaced" in line
+    assert "--granularity half: halves of a CLIPModel cannot be replaced" in line
     CompressionPlan(DEPTH, (), (Half(2, "mlp", "linear"),)).save(tmp_path / "plan.json")
-    assert "--plan: halves of a Dinov2Model" in refused(source, images, "--plan", str(tmp_path / "plan.json"))
+    assert "--plan: halves of a CLIPModel" in refused(source, images, "--plan", str(tmp_path / "plan.json"))
 
 
 def test_models_that_are_none(refused, images, tmp_path):

@@ -89,6 +89,12 @@ def finished_run(images, tmp_path_factory) -> Path:
         (["--architecture", "vit_giant"], "--architecture vit_giant is unknown"),
         (["--curriculum", "steep"], "--curriculum steep is unknown"),
         (["--token_reduction", "topk"], "--token_reduction topk is unknown"),
+        (["--token_reduction", "tome", "--keep_rate", "0.4"], "--token_reduction tome --keep_rate 0.4: keep_rate 0.4"),
+        (
+            ["--token_reduction", "expedit", "--reduction_options", "schedule=published,grid=5"],
+            "--token_reduction expedit --keep_rate 0.8 --reduction_options schedule=published,grid=5: ",
+        ),
+        (["--token_reduction", "evit", "--reduction_options", "r=2"], "--reduction_options r=2: evit has no option r"),
         (["--keep-rat", "0.7"], "unknown option --keep_rat; did you mean --keep_rate?"),
         (
             ["--learning_rate", "1e-3", "--base_learning_rate", "1e-3"],

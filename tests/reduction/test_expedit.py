@@ -34,7 +34,7 @@ def softmax(values):
     return [e / sum(exps) for e in exps]
 
 
-def reference_clusters(tokens, grid, target, iterations, temperature):
+def reference_clusters(tokens, grid, target, iterations):
     """Centroids and the centroid each token gives most to, from a list of vectors."""
     (rows, columns), (h, w) = grid, target
     centroids = []
@@ -51,7 +51,7 @@ def reference_clusters(tokens, grid, target, iterations, temperature):
         for place, token in enumerate(tokens):
             row, column = place // columns * h // rows, place % columns * w // columns
             near = [i * w + j for i in range(h) for j in range(w) if abs(i - row) <= 2 and abs(j - column) <= 2]
-            shares = softmax([-temperature * squared(token, centroids[c]) for c in near])
+            shares = softmax([-squared(token, centroids[c]) for c in near])
             for c, share in zip(near, shares, strict=True):
                 given[place][c] = share
         centroids = [mean(tokens, [shares[c] for shares in given]) for c in range(h * w)]
@@ -86,7 +86,7 @@ CASES = [  # grid, keep rate, temperature, neighbours, width
 def test_clusters_and_restored_tokens_are_those_of_the_loops(grid, keep_rate, temperature, neighbours, width, dtype):
     torch.manual_seed(0)
     count = grid[0] * grid[1]
-    patches = 2 * torch.randn(2, count, width, dtype=dtype) + 3
+    patches = 2 * torch.randn(2, count, width, dtype=dtype) / math.sqrt(width) + 3
     found = ExpeditReducer(keep_rate, temperature=temperature, neighbours=neighbours).decide(seen(patches, grid))
     target = tuple(math.ceil(math.sqrt(keep_rate) * side) for side in grid)
     assert found.grid(grid) == target and found.sizes(None) is None
@@ -95,7 +95,7 @@ def test_clusters_and_restored_tokens_are_those_of_the_loops(grid, keep_rate, te
     restored = found.restore(after, patches)
     for row in range(2):
         tokens = patches[row].tolist()
-        expected, assigned = reference_clusters(tokens, grid, target, 5, temperature)
+        expected, assigned = reference_clusters(tokens, grid, target, 5)
         torch.testing.assert_close(centroids[row], torch.tensor(expected, dtype=dtype))
         assert found.groups()[row].tolist() == assigned
         mixes = reference_restored(tokens, expected, after[row].tolist(), neighbours, temperature)
@@ -106,8 +106,8 @@ def test_the_options_reach_the_clusters():
     torch.manual_seed(1)
     patches = torch.randn(1, 36, 3, dtype=torch.float64)
     for iterations in (1, 3):
-        found = ExpeditReducer(0.5, iterations=iterations, temperature=0.7).decide(seen(patches, (6, 6)))
-        expected, _ = reference_clusters(patches[0].tolist(), (6, 6), (5, 5), iterations, 0.7)
+        found = ExpeditReducer(0.5, iterations=iterations).decide(seen(patches, (6, 6)))
+        expected, _ = reference_clusters(patches[0].tolist(), (6, 6), (5, 5), iterations)
         torch.testing.assert_close(found.apply(patches)[0], torch.tensor(expected, dtype=torch.float64))
 
 

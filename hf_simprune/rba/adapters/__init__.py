@@ -4,6 +4,7 @@
 from transformers import PreTrainedModel
 
 from ...errors import InputError
+from ...models import SimPruneDeiTConfig, SimPruneDinov2Config, SimPruneViTConfig
 from .base import Adapter, module_forward
 from .clip import CLIPAdapter
 from .deit import DeiTAdapter
@@ -13,6 +14,7 @@ from .siglip import SiglipAdapter
 from .vit import ViTAdapter
 
 
+OWN_CONFIGS = (SimPruneViTConfig, SimPruneDeiTConfig, SimPruneDinov2Config)
 ADAPTERS: tuple[type[Adapter], ...] = (
     ViTAdapter,
     DeiTAdapter,
@@ -26,6 +28,11 @@ ADAPTERS: tuple[type[Adapter], ...] = (
 
 def adapter_for(model: PreTrainedModel) -> Adapter:
     """The adapter of the model's family. Raises `InputError` for a family or a kind of model that has none."""
+    if isinstance(model.config, OWN_CONFIGS) and model.config.token_reduction is not None:
+        raise InputError(
+            f"model reduces tokens (token_reduction {model.config.token_reduction}): its blocks see ever fewer of them, "
+            "and no map fits; take the model without token_reduction and set it on the result"
+        )
     for adapter in ADAPTERS:
         if isinstance(model, adapter.classes):
             return adapter(model)
