@@ -30,7 +30,7 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
     """The adapter of the model's family. Raises `InputError` for a family or a kind of model that has none."""
     if isinstance(model.config, OWN_CONFIGS) and model.config.token_reduction is not None:
         raise InputError(
-            f"model reduces tokens (token_reduction {model.config.token_reduction}): its blocks see ever fewer of them, "
+            f"model reduces tokens (token_reduction {model.config.token_reduction}): its blocks see ever fewer, "
             "and no map fits; take the model without token_reduction and set it on the result"
         )
     for adapter in ADAPTERS:
