@@ -143,10 +143,19 @@ def plot_pruned_tokens(
             Patch(facecolor=_veil(np.array(to_rgb(color))), edgecolor=color, label=f"dropped at {name}")
             for color, name in zip(colors, stages)
         ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=10)
+    _add_legend(figure, handles)
     if title:
         figure.suptitle(title, fontsize=12)
     figure.savefig(png)
+
+
+def _add_legend(figure: Figure, handles: Sequence[Patch]) -> None:
+    """Below the panels, in as many columns as the figure is wide enough for, at most 4."""
+    for columns in range(min(4, len(handles)), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=10)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _line(

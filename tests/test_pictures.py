@@ -165,6 +165,16 @@ def test_patches_that_are_alone_look_as_without_tokens(tmp_path):
     assert np.array_equal(*drawn)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_legend_of_a_narrow_picture_fits_on_it(tmp_path, merged):
+    grid = np.zeros((4, 4), int) if merged else np.arange(16).reshape(4, 4) % 5
+    view = PrunedView("A", np.full((64, 64, 3), 0.4), [grid], [np.zeros((4, 4), int)] if merged else None)
+    stages = [f"block {layer}" for layer in range(1, 5)]
+    plot_pruned_tokens([view], ["after block 4"], stages, tmp_path / "tokens.png")
+    picture = pixels(tmp_path / "tokens.png")
+    assert (picture[:, [0, 1, 2, -3, -2, -1]] == 255).all()
+
+
 def test_views_that_do_not_fit_are_named(tmp_path):
     image, grid = np.zeros((8, 8, 3)), np.full((2, 2), 2)
     with pytest.raises(InputError, match="'A' has 1 grids, but there are 2 moments"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, DeiTModel, Dinov2Model, ViTModel
 
 from ..models import (
     SimPruneDeiTConfig,
@@ -34,7 +34,7 @@ _FAMILIES = {
 
 def save_initial(output_dir: Path, model: DualBranch) -> None:
     """Keep the untrained backbone as a stock model in `training/initial`, to compare the trained one with."""
-    to_stock(model.teacher.backbone).save_pretrained(output_dir / TRAINING / INITIAL)
+    _stock_teacher(model).save_pretrained(output_dir / TRAINING / INITIAL)
 
 
 def export_model(output_dir: Path, model: DualBranch, processor: BaseImageProcessor) -> None:
@@ -43,7 +43,7 @@ def export_model(output_dir: Path, model: DualBranch, processor: BaseImageProces
     `training/` receives what only further training needs: the student, the teacher's backbone as this package has it
     and the heads.
     """
-    to_stock(model.teacher.backbone).save_pretrained(output_dir)
+    _stock_teacher(model).save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     training = output_dir / TRAINING
     model.teacher.backbone.save_pretrained(training / "teacher")
@@ -71,6 +71,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Indented JSON, the folder made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _stock_teacher(model: DualBranch) -> ViTModel | DeiTModel | Dinov2Model:
+    """Without the mask token of a ViT or DeiT: `AutoModel` builds these without one and would report it."""
+    stock = to_stock(model.teacher.backbone)
+    if not isinstance(stock, Dinov2Model):
+        stock.embeddings.mask_token = None
+    return stock
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

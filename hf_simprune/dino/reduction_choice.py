@@ -107,6 +107,19 @@ def kept_patches(
     return found
 
 
+def keep_rate_counts(args: DinoArguments, setting: "ReductionSetting") -> bool:
+    """Whether `--keep_rate` has a say in how many tokens stay: a method may have another schedule."""
+
+    def counts(keep_rate: float) -> list[list[int]]:
+        reducer = chosen_reducer(replace(args, keep_rate=keep_rate), setting)
+        return [reducer.counts(grid) for grid in setting.grids]
+
+    try:
+        return counts(0.5) != counts(1.0)
+    except InputError:  # what the method does depends on it
+        return True
+
+
 def _too_few(
     args: DinoArguments, setting: "ReductionSetting", crop: Crops, counts: tuple[int, ...], layers: Sequence[int]
 ) -> str:
@@ -129,9 +142,12 @@ def _too_few(
     remedy = f"use {remedy} or more" if remedy else "use larger crops"
     remedy += ", or fewer --reduction_layers" if layers == setting.layers else ""
     kept, blocks = ", ".join(map(str, counts[1:])), ", ".join(map(str, layers))
+    rate = f"at keep_rate {args.keep_rate:g}"
+    if not keep_rate_counts(args, setting):
+        rate = f"with --reduction_options {args.reduction_options}"
     return (
-        f"--{crop.option} {crop.size} gives {counts[0]} patches, of which blocks {blocks} would keep {kept} at "
-        f"keep_rate {args.keep_rate:g}; at least {MIN_KEPT_PATCHES} must stay: {remedy}"
+        f"--{crop.option} {crop.size} gives {counts[0]} patches, of which blocks {blocks} would keep {kept} {rate}; "
+        f"at least {MIN_KEPT_PATCHES} must stay: {remedy}"
     )
 
 

@@ -16,6 +16,7 @@ from ..hub.model_card import KNNRow, TrainingCard, render_model_card
 from ..pictures import PrunedView, plot_loss_curve, plot_pruned_tokens
 from .arguments import DinoArguments
 from .build import Normalisation
+from .reduction_choice import keep_rate_counts
 from .resolve import ResolvedSettings
 from .runlog import read_metrics
 from .snapshots import MOMENTS, stage_dropped
@@ -131,7 +132,7 @@ def write_card(
         hardware=hardware(),
         versions=versions(),
         token_reduction=args.token_reduction if reduces else None,
-        keep_rate=args.keep_rate if reduces else None,
+        keep_rate=args.keep_rate if reduces and keep_rate_counts(args, sizes.setting) else None,
         run=run,
         config={key: value for key, value in asdict(args).items() if key not in _NOT_SHOWN and value is not None},
         evaluated_on=evaluated_on,
@@ -148,8 +149,12 @@ def write_card(
 
 def command(argv: list[str], about: dict[str, object]) -> str:
     """What starts the same run from its beginning."""
-    words = list(argv)
-    while "--resume_from_checkpoint" in words:
-        at = words.index("--resume_from_checkpoint")
-        del words[at : at + 2]
+    words: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if name.replace("-", "_") != "__resume_from_checkpoint":
+            words.append(word)
+        elif not equals:
+            next(rest, None)
     return launch_command(words, about.get("processes", 1))

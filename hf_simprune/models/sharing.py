@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..errors import InputError
+from ..reduction.methods import INFERENCE_METHODS
 from .bundle import bundle_reduction
 from .deit import SimPruneDeiTConfig, SimPruneDeiTForImageClassification, SimPruneDeiTModel
 from .dinov2 import SimPruneDinov2Config, SimPruneDinov2ForImageClassification, SimPruneDinov2Model
@@ -32,7 +33,7 @@ def save_with_code(model: PreTrainedModel, folder: str | Path) -> None:
     `trust_remote_code=True`. The model is left as it is.
 
     Raises:
-        InputError: `model` is of no class of this package.
+        InputError: `model` is of no class of this package, or its configuration names no method for inference.
     """
     family = next((classes for classes in _FAMILIES if type(model) in classes), None)
     if family is None:
@@ -41,6 +42,12 @@ def save_with_code(model: PreTrainedModel, folder: str | Path) -> None:
             "a stock model needs no code, save it with save_pretrained"
         )
     config = model.config
+    if config.token_reduction not in (None, *INFERENCE_METHODS):
+        raise InputError(
+            f"save_with_code: token_reduction {config.token_reduction!r} is not for inference: choose one of "
+            f"{', '.join(INFERENCE_METHODS)}"
+        )
+    code = bundle_reduction(config.token_reduction)
     before = dict(vars(config))
     config.auto_map = {
         auto: f"{found.__module__.rpartition('.')[2]}.{found.__name__}"
@@ -55,4 +62,4 @@ def save_with_code(model: PreTrainedModel, folder: str | Path) -> None:
     for file in Path(inspect.getfile(type(model))).parent.glob("*_simprune_*.py"):
         shutil.copyfile(file, Path(folder) / file.name)
     for file in Path(folder).glob("reduction_simprune_*.py"):
-        file.write_text(bundle_reduction(config.token_reduction), encoding="utf-8")
+        file.write_text(code, encoding="utf-8")

@@ -75,8 +75,14 @@ class PatchSlimmingReducer(BranchReducer):
         calibrate_epochs: float = 5.0,
         calibration_batches: int = 4,
     ) -> None:
-        """Raises InputError for a keep rate outside (0, 1], no time between calibrations, or no batches."""
+        """Raises InputError for a keep rate outside (0, 1], a network without a [CLS] token, no time between
+        calibrations, or no batches."""
         super().__init__(keep_rate, setting)
+        if setting.num_prefix < 1:
+            raise InputError(
+                "token_reduction patch_slimming follows what the [CLS] token reads and this model has none: use a model"
+                " with a [CLS] token, or a method that needs none, such as tome."
+            )
         if not 0 < calibrate_epochs < float("inf"):
             raise InputError(f"calibrate_epochs {calibrate_epochs} is out of range: give a number above 0.")
         if calibration_batches < 1:

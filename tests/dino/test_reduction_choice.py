@@ -10,7 +10,7 @@ import torch
 from hf_simprune.dino.argument_parsing import parse_arguments
 from hf_simprune.dino.build import build_dual_branch
 from hf_simprune.dino.geometry import geometry
-from hf_simprune.dino.reduction_choice import chosen_options, chosen_reducer
+from hf_simprune.dino.reduction_choice import chosen_options, chosen_reducer, keep_rate_counts
 from hf_simprune.dino.resolve import describe, resolve
 from hf_simprune.dino.run import UNCHANGED_ON_RESUME, loop_settings, window_description
 from hf_simprune.dino.validation import validate
@@ -80,6 +80,21 @@ class TestWhatIsBuilt:
         assert "64 → 59 → 54 → 49 → 44" in lines
         assert "chosen: reduction_layers 0, 1, 2, 3: the method's own schedule" in lines
 
+    @pytest.mark.parametrize(
+        ("name", "options", "counts"),
+        [
+            ("tome", None, True),
+            ("tome", "schedule=every_layer,r=2", False),
+            ("expedit", "schedule=published", True),
+            ("expedit", "schedule=published,grid=2", False),
+            ("self_slimmed", None, True),
+            ("random", None, True),
+        ],
+    )
+    def test_whether_the_keep_rate_has_a_say(self, name, options, counts):
+        args = small(token_reduction=name, reduction_options=options)
+        assert keep_rate_counts(args, geometry(args).setting) == counts
+
     def test_counts_are_those_of_the_method(self):
         found = geometry(small(token_reduction="expedit", keep_rate=0.5))
         assert found.global_counts == (64, 36, 25, 16)  # sides 8, 6, 5, 4
@@ -129,7 +144,7 @@ class TestRefused:
             ),
             (
                 {"token_reduction": "tome", "reduction_options": "schedule=every_layer,r=12"},
-                "--local_crop_size 20 gives 25 patches, of which blocks 0, 1, 2, 3 would keep 13, 7, 4, 2",
+                "of which blocks 0, 1, 2, 3 would keep 13, 7, 4, 2 with --reduction_options schedule=every_layer,r=12; at",
             ),
         ],
     )

@@ -104,6 +104,12 @@ def test_what_was_not_measured_is_not_mentioned():
     assert data.eval_results is None and data.license is None and data.datasets is None and data.base_model is None
 
 
+def test_a_keep_rate_without_a_say_is_not_mentioned():
+    text = body(render_model_card(replace(FULL, token_reduction="tome", keep_rate=None, config={})))
+    assert "`tome` token reduction merged patches in both branches.\nThis is" in text
+    assert "keep rate" not in text
+
+
 def test_another_reduction_is_not_called_simprune():
     text = body(render_model_card(replace(FULL, token_reduction="random")))
     assert "`random` token reduction dropped patches in both branches (keep rate 0.7)." in text

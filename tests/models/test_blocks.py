@@ -123,6 +123,16 @@ def test_a_drop_path_rate_outside_its_range_is_an_error(family: Family, rate: fl
         family.config(drop_path_rate=rate)
 
 
+def test_a_copied_network_makes_the_same_random_choices(family: Family, images: Tensor):
+    """A copy that were to run all samples through a block would draw other dropout masks than its original."""
+    network = family.own(drop_path_rate=0.7, attention_probs_dropout_prob=0.5).train()
+    outputs = []
+    for model in (network, copy.deepcopy(network)):
+        torch.manual_seed(4)
+        outputs.append(model(images).last_hidden_state)
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(

@@ -12,7 +12,6 @@ from .test_inference_reduction import (  # noqa: F401
     COUNTS,
     method,
     reduced,
-    test_a_checkpoint_is_not_read_for_settings_of_another_kind,
     test_a_network_without_reduction_says_nothing_about_it,
     test_a_reduced_network_is_no_stock_network,
     test_a_saved_folder_comes_back_to_the_bit,
@@ -24,6 +23,7 @@ from .test_inference_reduction import (  # noqa: F401
     test_expedits_own_schedule_restores_inside_the_network,
     test_hidden_states_shrink_as_the_method_says,
     test_maps_elsewhere_and_replaced_mlps_are_no_hindrance,
+    test_settings_are_refused_before_weights_are_read,
     test_what_cannot_be_done_is_refused_in_one_line_when_the_network_is_built,
 )
 from .test_reduction_in_blocks import (  # noqa: F401

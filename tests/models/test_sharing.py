@@ -104,3 +104,11 @@ def test_a_stock_model_needs_no_code(family: Family, tmp_path):
     with pytest.raises(InputError, match=f"got {family.stock_model.__name__}: a stock model needs no code"):
         save_with_code(family.stock(), tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_configuration_with_no_method_for_inference_is_refused_before_anything_is_written(family: Family, tmp_path):
+    model = family.own()
+    model.config.token_reduction = "random"
+    with pytest.raises(InputError, match="token_reduction 'random' is not for inference: choose one of evit, expedit"):
+        save_with_code(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

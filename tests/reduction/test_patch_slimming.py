@@ -248,6 +248,8 @@ def test_bad_input_is_refused():
         build(calibrate_epochs=0.0)
     with pytest.raises(InputError, match="calibration_batches 0.*1 or more"):
         build(calibration_batches=0)
+    with pytest.raises(InputError, match=r"patch_slimming follows what the \[CLS\] token reads"):
+        PatchSlimmingReducer(0.7, ReductionSetting((1,), num_prefix=0, grids=((4, 4),)))
     with pytest.raises(InputError, match="sizes of all crops"):
         PatchSlimmingReducer(0.7, ReductionSetting((1,))).build_learned()
     alike = ReductionSetting((1, 2), 6, 8, 2, 1, ((4, 4), (3, 5)))

@@ -4,6 +4,7 @@
 import os
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -81,6 +82,9 @@ class StrictLoading:
             source = name if config is None else config
             config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **hub, **kwargs)
             kwargs.update(hub)
+        if config.token_reduction is not None:
+            with torch.device("meta"):
+                cls(config)  # what cannot be done is said before weights are fetched
         stock, info = cls._stock_class.from_pretrained(
             name, *model_args, config=config.to_stock(ignore_reduction=True), output_loading_info=True, **kwargs
         )
