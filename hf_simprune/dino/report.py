@@ -14,6 +14,7 @@ from torch import Tensor
 from ..hub.facts import hardware, is_hub_id, launch_command, versions
 from ..hub.model_card import KNNRow, TrainingCard, render_model_card
 from ..pictures import PrunedView, plot_loss_curve, plot_pruned_tokens
+from ..reduction.methods import METHODS
 from .arguments import DinoArguments
 from .build import Normalisation
 from .reduction_choice import keep_rate_counts
@@ -132,6 +133,7 @@ def write_card(
         hardware=hardware(),
         versions=versions(),
         token_reduction=args.token_reduction if reduces else None,
+        merges=reduces and METHODS[args.token_reduction].merges,
         keep_rate=args.keep_rate if reduces and keep_rate_counts(args, sizes.setting) else None,
         run=run,
         config={key: value for key, value in asdict(args).items() if key not in _NOT_SHOWN and value is not None},

@@ -46,7 +46,8 @@ class TrainingCard:
         hardware: such as "2 CPU cores".
         versions: of the libraries, by name.
         token_reduction: name of the method; None if patches were not dropped.
-        keep_rate: fraction of the patch tokens kept at each stage.
+        keep_rate: fraction of the patch tokens kept at each stage; None where it has no say.
+        merges: the method merges patches and does not drop them.
         dataset_id: the data set's Hub id, if it has one.
         base_model: Hub id of the checkpoint that training started from.
         license: Hub identifier of the weights' licence.
@@ -72,6 +73,7 @@ class TrainingCard:
     versions: Mapping[str, str]
     token_reduction: str | None = None
     keep_rate: float | None = None
+    merges: bool = False
     dataset_id: str | None = None
     base_model: str | None = None
     license: str | None = None

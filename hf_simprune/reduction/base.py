@@ -117,7 +117,7 @@ class Seen(NamedTuple):
     patches: (R, n, D) patch tokens at the site. attention: as `needs` says. sizes: (R, n) patches that each token
     stands for, None for one each. grid: (rows, columns) of `patches`, None where they form none.
     stage: which of the reducer's stages this is. prefix: number of prefix tokens.
-    learned: the branch's own module from `build_learned`.
+    learned: the branch's own module from `build_learned`. full_grid: that of all patches, where they form one.
     """
 
     patches: Tensor
@@ -127,6 +127,7 @@ class Seen(NamedTuple):
     stage: int
     prefix: int
     learned: nn.Module | None
+    full_grid: tuple[int, int] | None = None
 
 
 class Selection(NamedTuple):

@@ -28,7 +28,9 @@ class ExpeditReducer(BranchReducer):
     before clustering, by exp(-temperature * squared distance). These weights sum to 1, where the original code divides
     them by their Euclidean norm. Prefix tokens are left alone.
 
-    schedule="stages" clusters at the setting's layers, each time to ceil(sqrt(keep_rate) * side) rows and columns.
+    schedule="stages" clusters at the setting's layers. Behind stage k = 1, 2, ... the keep rate leaves a share of
+    keep_rate^k, so there are ceil(sqrt(share) * side) rows and columns, of the sides of the full grid: rounding up
+    again and again would leave small grids as they are.
     schedule="published" clusters once, after block `cluster_after`, to `grid` centroids along the shorter side of the
     first of the setting's grids (of each crop's own grid where the setting has none); all other sides keep the same
     share of theirs. Behind block `restore_after` the full grid is back. Left out, these come from the keep rate: 11 of
@@ -84,12 +86,15 @@ class ExpeditReducer(BranchReducer):
         """0-based blocks behind which tokens are clustered, ascending."""
         return self._layers
 
-    def smaller_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """(rows, columns) that a grid of patch tokens is clustered to. Raises InputError when the option is larger."""
+    def smaller_grid(self, grid: tuple[int, int], stage: int = 0) -> tuple[int, int]:
+        """(rows, columns) that a full grid of patch tokens is clustered to at a stage.
+
+        Raises InputError when the option is larger.
+        """
         share = self._share
         if self._grid is not None and not self.setting.grids:
             share = self._share_of(min(grid))
-        return tuple(max(1, math.ceil(share * side - 1e-9)) for side in grid)
+        return tuple(max(1, math.ceil(share ** (stage + 1) * side - 1e-9)) for side in grid)
 
     def counts(self, grid: tuple[int, int]) -> list[int]:
         return [rows * columns for rows, columns in self._grids(grid)]
@@ -103,7 +108,7 @@ class ExpeditReducer(BranchReducer):
                 f"token_reduction expedit needs the grid (rows, columns) of the patch tokens, and {found}: "
                 "give images whose patches form a grid, and no method before it that drops or merges tokens."
             )
-        target = self.smaller_grid(grid)
+        target = self.smaller_grid(seen.full_grid or grid, seen.stage)
         if target == tuple(grid):
             return Unchanged(seen.patches)
         down, up, assigned = cluster(seen.patches, grid, target, self.iterations, self.temperature, self.neighbours)
@@ -131,10 +136,7 @@ class ExpeditReducer(BranchReducer):
         return self._grid / side
 
     def _grids(self, grid: tuple[int, int]) -> list[tuple[int, int]]:
-        grids = [tuple(grid)]
-        for _ in self.layers:
-            grids.append(self.smaller_grid(grids[-1]))
-        return grids
+        return [tuple(grid), *(self.smaller_grid(grid, stage) for stage in range(len(self.layers)))]
 
     def _clusters(self, stage: int, num_patches: int) -> int:
         for grid in self.setting.grids:
@@ -144,7 +146,10 @@ class ExpeditReducer(BranchReducer):
         side = math.isqrt(num_patches)
         if side * side != num_patches:
             raise InputError(f"grids {self.setting.grids}: none has {num_patches} tokens at stage {stage} of expedit.")
-        return math.prod(self.smaller_grid((side, side)))
+        full = side  # the smallest square that comes down to this one
+        while stage and self.smaller_grid((full, full), stage - 1)[0] < side:
+            full += 1
+        return math.prod(self.smaller_grid((full, full), stage))
 
 
 def published_blocks(

@@ -80,8 +80,8 @@ class PatchSlimmingReducer(BranchReducer):
         super().__init__(keep_rate, setting)
         if setting.num_prefix < 1:
             raise InputError(
-                "token_reduction patch_slimming follows what the [CLS] token reads and this model has none: use a model"
-                " with a [CLS] token, or a method that needs none, such as tome."
+                "token_reduction patch_slimming follows what the [CLS] token reads and this model has none: use a"
+                " model with a [CLS] token, or a method that needs none, such as tome."
             )
         if not 0 < calibrate_epochs < float("inf"):
             raise InputError(f"calibrate_epochs {calibrate_epochs} is out of range: give a number above 0.")

@@ -25,6 +25,7 @@ class ReductionStep:
         self.stage = stage
         self.sizes = walk.sizes
         self.grid = walk.grid
+        self.full_grid = walk.full_grid
         self.map: TokenMap | None = None
         self.before: Tensor | None = None
         self._tracked = torch.is_grad_enabled()
@@ -47,13 +48,12 @@ class ReductionStep:
             return self.map
         sizes = None if self.sizes is None else self.sizes[:, self.prefix :]
         patches = tokens[:, self.prefix :]
+        place = (self.grid, self.stage, self.prefix, self.learned, self.full_grid)
         if self.learns:
-            seen = Seen(patches, attention, sizes, self.grid, self.stage, self.prefix, self.learned)
-            self.map = self.reducer.decide(seen)
+            self.map = self.reducer.decide(Seen(patches, attention, sizes, *place))
         else:
             with torch.no_grad():
-                seen = Seen(patches.detach(), attention, sizes, self.grid, self.stage, self.prefix, self.learned)
-                self.map = self.reducer.decide(seen)
+                self.map = self.reducer.decide(Seen(patches.detach(), attention, sizes, *place))
         return self.map
 
     def apply(self, found: TokenMap, tokens: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class BranchWalk:
     ) -> None:
         self.reducer = reducer
         self.num_prefix = num_prefix
-        self.grid = grid
+        self.grid = self.full_grid = grid
         self.learned = learned
         self.records_before = records_before or reducer.restore_after is not None
         self.sizes: Tensor | None = None

@@ -246,9 +246,7 @@ class TestGeometry:
 
     def test_a_checkpoint_that_reduces_tokens_is_refused(self, tmp_path):
         SimPruneViTConfig(token_reduction="evit", keep_rate=0.7).save_pretrained(tmp_path)
-        with pytest.raises(
-            InputError, match="reduces tokens at inference .token_reduction evit"
-        ):
+        with pytest.raises(InputError, match="reduces tokens at inference .token_reduction evit"):
             geometry(make_arguments(model_name_or_path=str(tmp_path)))
 
     def test_a_checkpoint_of_another_family_is_refused(self, tmp_path):

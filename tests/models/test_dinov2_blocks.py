@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .dinov2_family import DINOV2, Dinov2Family
 from .test_blocks import (  # noqa: F401
     test_a_block_takes_any_number_of_tokens,
+    test_a_copied_network_makes_the_same_random_choices,
     test_a_drop_path_rate_outside_its_range_is_an_error,
     test_an_unknown_half_is_an_error,
     test_drop_path_follows_the_published_formula,

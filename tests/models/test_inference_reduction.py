@@ -27,7 +27,7 @@ COUNTS = {
     "evit": [16, 9, 6, 6],  # with the fused token, which counts at the next stage: ceil(0.5 * 9) + 1
     "tome": [16, 8, 4, 4],
     "mctf": [16, 8, 4, 4],
-    "expedit": [16, 9, 9, 9],  # 3 x 3, and ceil(sqrt(0.5) * 3) = 3
+    "expedit": [16, 9, 4, 4],  # ceil(sqrt(0.5) * 4) = 3 rows and columns, then sqrt(0.25) * 4 = 2
 }
 
 
@@ -299,13 +299,14 @@ def test_what_cannot_be_done_is_refused_in_one_line_when_the_network_is_built(
 
 def test_settings_are_refused_before_weights_are_read(family: Family, tmp_path):
     family.stock("classifier").save_pretrained(tmp_path)
+    settings = {"token_reduction": "tome", "restore_tokens": True}  # the classifier of DINOv2 takes no other
     with pytest.raises(TypeError, match="keep_rat"):
-        family.classifier.from_pretrained(tmp_path, token_reduction="tome", keep_rat=0.6)
+        family.classifier.from_pretrained(tmp_path, **settings, keep_rat=0.6)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="keep_rate 0.4.*tome"):
-        family.classifier.from_pretrained(tmp_path, token_reduction="tome", keep_rate=0.4)
+        family.classifier.from_pretrained(tmp_path, **settings, keep_rate=0.4)
     with pytest.raises(StrictDataclassError, match="keep_rate"):
-        family.classifier.from_pretrained(tmp_path, token_reduction="tome", keep_rate="half")
+        family.classifier.from_pretrained(tmp_path, **settings, keep_rate="half")
 
 
 def test_maps_elsewhere_and_replaced_mlps_are_no_hindrance(family: Family, images: Tensor):

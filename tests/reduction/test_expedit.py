@@ -231,8 +231,8 @@ def test_stages_cluster_smaller_grids_one_after_another(prefix):
     reducer = ExpeditReducer(0.7, ReductionSetting(layers=(0, 2), depth=4))
     tokens = torch.randn(2, prefix + 70, 4)
     walk, left, lengths = walk_through(reducer, tokens, prefix, (7, 10), 4, records_before=True)
-    assert reducer.counts((7, 10)) == [70, 6 * 9, 6 * 8] and lengths == [70, 54, 54, 48]
-    assert walk.grid == (6, 8) and walk.sizes is None
+    assert reducer.counts((7, 10)) == [70, 6 * 9, 5 * 7] and lengths == [70, 54, 54, 35]
+    assert walk.grid == (5, 7) and walk.sizes is None
     assert torch.equal(left[:, :prefix], tokens[:, :prefix])
     restored = walk.restore(left)
     assert restored.shape == tokens.shape and walk.grid == (7, 10)
@@ -300,9 +300,13 @@ def test_published_flop_shares_of_deit_small(keep_rate, percent):
     assert 100 * macs_of_deit_small(reducer) / dense == pytest.approx(percent, abs=0.5)
 
 
-def test_counts_of_the_stages_are_ceilings_of_the_share_of_every_side():
+def test_counts_of_the_stages_are_ceilings_of_the_share_of_every_side_of_the_full_grid():
     assert ExpeditReducer(0.8, DEIT_SMALL).counts((14, 14)) == [196, 169, 144, 121]
-    assert ExpeditReducer(0.7, DEIT_SMALL).counts((14, 14)) == [196, 144, 121, 100]
+    assert ExpeditReducer(0.7, DEIT_SMALL).counts((14, 14)) == [196, 144, 100, 81]
+    # Where one stage alone would be rounded up to the whole grid, the next ones still make it smaller.
+    assert ExpeditReducer(0.9, DEIT_SMALL).counts((14, 14)) == [196, 196, 169, 144]
+    assert ExpeditReducer(0.8, DEIT_SMALL).counts((8, 8)) == [64, 64, 49, 36]
+    assert ExpeditReducer(0.8, DEIT_SMALL).counts((6, 6)) == [36, 36, 25, 25]
     assert ExpeditReducer(0.25, DEIT_SMALL).counts((6, 4)) == [24, 6, 2, 1]
     assert 7 / 25 * 25 > 7  # what a bare ceil would trip over
     assert ExpeditReducer(0.7, schedule="published", grid=7).counts((25, 25)) == [625, 49]
@@ -313,8 +317,10 @@ def test_overhead_counts_every_product_of_tokens_and_centroids():
     stages = ExpeditReducer(0.5, setting, iterations=3)
     # narrow tokens: 3 + 1 times means and products, then the final means
     assert stages.overhead_macs(0, 24) == (2 * 4 + 1) * 24 * 15 * 10
-    assert stages.overhead_macs(1, 15) == 15 * 15 * (10 + 4 * 12) + 15 * 12 * 10
+    assert stages.overhead_macs(1, 15) == (2 * 4 + 1) * 15 * 6 * 10
     assert stages.overhead_macs(0, 16) == (2 * 4 + 1) * 16 * 9 * 10  # any square
+    # of 4 x 4, the smallest that comes down to 3 x 3; few tokens: their products with each other are cheaper
+    assert stages.overhead_macs(1, 9) == 9 * 9 * (10 + 4 * 4) + 9 * 4 * 10
     published = ExpeditReducer(0.5, setting, schedule="published", grid=2)
     assert published.overhead_macs(0, 24) == (2 * 6 + 2) * 24 * 6 * 10
     with pytest.raises(InputError, match="grids.*none has 23 tokens at stage 0"):

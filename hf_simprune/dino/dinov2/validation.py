@@ -17,8 +17,8 @@ def check_objective(args: DinoArguments, sizes: Geometry) -> None:
 
     Raises:
         InputError: an unknown choice, a mask ratio outside [0, 1), an option of DINOv2 without it, a token reduction
-            that merges tokens, more masked patches than `--masked_policy keep` has places for, a batch too small for
-            KoLeo.
+            that merges tokens, more masked patches than `--masked_policy keep` has places for, no loss at all, a
+            batch too small for KoLeo.
     """
     from ...reduction.masked_pairs import validate_masked_policy
     from .branch import check_masked_reduction
@@ -33,6 +33,11 @@ def check_objective(args: DinoArguments, sizes: Geometry) -> None:
     validate_masked_policy(args.masked_policy)
     check_masked_reduction(args.token_reduction)
     _check_masked_policy(args, sizes)
+    if not any((args.dino_loss_weight, args.ibot_loss_weight, args.koleo_loss_weight)):
+        raise InputError(
+            "--dino_loss_weight 0, --ibot_loss_weight 0, --koleo_loss_weight 0: nothing is left to train on; give one "
+            "of them above 0"
+        )
     if args.koleo_loss_weight > 0 and args.per_device_train_batch_size < 2:
         raise InputError(
             f"--per_device_train_batch_size {args.per_device_train_batch_size}: KoLeo compares the images of a batch: "

@@ -142,6 +142,10 @@ def test_dinov2_trains_a_vit_and_goes_on_from_the_result(train):
         ({"masked_policy": "drop"}, "--masked_policy drop is unknown: choose one of pair, keep"),
         ({"koleo_loss_weight": -1.0}, "--koleo_loss_weight -1.0: must be 0 or more"),
         ({"per_device_train_batch_size": 1}, "--per_device_train_batch_size 1: KoLeo compares the images of a batch"),
+        (
+            {"dino_loss_weight": 0.0, "ibot_loss_weight": 0.0, "koleo_loss_weight": 0.0},
+            "--koleo_loss_weight 0: nothing is left to train on",
+        ),
         ({"token_reduction": "tome"}, "--token_reduction tome: with --objective dinov2 every token must stay"),
         (
             {"masked_policy": "keep", "keep_rate": 0.6, "local_crops_number": 0},
