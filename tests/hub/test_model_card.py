@@ -105,7 +105,7 @@ def test_what_was_not_measured_is_not_mentioned():
 
 
 def test_a_keep_rate_without_a_say_is_not_mentioned():
-    text = body(render_model_card(replace(FULL, token_reduction="tome", keep_rate=None, config={})))
+    text = body(render_model_card(replace(FULL, token_reduction="tome", merges=True, keep_rate=None, config={})))
     assert "`tome` token reduction merged patches in both branches.\nThis is" in text
     assert "keep rate" not in text
 
