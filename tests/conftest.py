@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,9 @@ def shared_data() -> Path:
         if candidate and Path(candidate).is_dir():
             return Path(candidate)
     pytest.skip("real weights and images are not here: set HF_SIMPRUNE_TEST_DATA to a folder that holds them")
+
+
+def pytest_configure() -> None:
+    """Programs that a shell starts in the background ignore Ctrl-C, and so would all that the tests interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
