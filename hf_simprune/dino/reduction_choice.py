@@ -58,7 +58,7 @@ def chosen_reducer(args: DinoArguments, setting: "ReductionSetting") -> "TokenRe
     Raises:
         InputError: what the method cannot do, with the options that ask for it.
     """
-    from ..reduction import build_reducer
+    from ..reduction import BranchReducer, build_reducer
 
     options = chosen_options(args)
     try:
@@ -70,7 +70,8 @@ def chosen_reducer(args: DinoArguments, setting: "ReductionSetting") -> "TokenRe
         raise InputError(
             f"--reduction_layers {blocks}: {_asked(args)} has a schedule of its own; leave one of them out"
         )
-    if getattr(reducer, "weighs_sizes", False) and (args.attn_implementation or "").startswith(("flash", "flex")):
+    weighs_sizes = isinstance(reducer, BranchReducer) and reducer.weighs_sizes
+    if weighs_sizes and (args.attn_implementation or "").startswith(("flash", "flex")):
         raise InputError(
             f"--attn_implementation {args.attn_implementation}: it cannot count a merged token by its size; use sdpa, "
             "or --reduction_options proportional=false"
