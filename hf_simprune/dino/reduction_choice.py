@@ -79,6 +79,32 @@ def chosen_reducer(args: DinoArguments, setting: "ReductionSetting") -> "TokenRe
     return reducer
 
 
+def check_epochs(args: DinoArguments) -> None:
+    """For a stream whose length nobody knows: raise InputError when the method goes by epochs."""
+    from ..reduction import METHODS
+
+    name = args.token_reduction
+    if name in METHODS and METHODS[name].counts_epochs:
+        raise InputError(
+            f"--token_reduction {name} measures anew every few epochs, and an epoch of this stream has no known "
+            "length: train without --streaming, or choose another method"
+        )
+
+
+def without_effect(args: DinoArguments) -> list[str]:
+    """One line for each option of a curriculum that was changed although the method has none."""
+    from ..reduction import METHODS, method_options
+
+    name = args.token_reduction
+    if name in METHODS and "matching" in method_options(name):
+        return []
+    return [
+        f"{option} {vars(args)[option]}: without effect, token reduction {name} has none"
+        for option in ("curriculum", "matching")
+        if vars(args)[option] != DinoArguments.__dataclass_fields__[option].default
+    ]
+
+
 def kept_patches(
     args: DinoArguments, reducer: "TokenReducer | None", setting: "ReductionSetting", crops: Sequence[Crops]
 ) -> list[tuple[int, ...]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..errors import InputError
 from .arguments import DinoArguments
 from .geometry import Geometry, geometry
+from .reduction_choice import check_epochs, without_effect
 from .validation import check_batch_size
 
 
@@ -104,9 +105,10 @@ def resolve(args: DinoArguments, num_images: int | None, world_size: int) -> Res
 
     Raises:
         InputError: the global batch is larger than the data set, a warm-up longer than the run, a stream of unknown
-            length without `--max_steps` or with lengths in epochs, a final learning rate above the peak.
+            length without `--max_steps`, with lengths in epochs or with a method that counts them, a final learning
+            rate above the peak.
     """
-    notes: list[str] = []
+    notes = without_effect(args)
     sizes = geometry(args)
     if args.architecture is None and args.model_name_or_path is None:
         notes.append(f"architecture {sizes.name}: neither --architecture nor --model_name_or_path was given")
@@ -122,6 +124,8 @@ def resolve(args: DinoArguments, num_images: int | None, world_size: int) -> Res
     if num_images is not None:
         check_batch_size(num_images, global_batch)
         steps_per_epoch = num_images // global_batch
+    else:
+        check_epochs(args)
     total_steps = _total_steps(args, steps_per_epoch)
     learning_rate = _peak_learning_rate(args, global_batch, notes)
     warmup = _lead_in(args, "warmup_epochs", "warmup_steps", WARMUP_EPOCHS, steps_per_epoch, total_steps, notes)

@@ -41,10 +41,12 @@ class TokenReducer(ABC):
     Its options are the keyword-only arguments of `__init__`, of type bool, int, float or str.
 
     merges: tokens go on that stand for several patches and have no position, so that no loss on single patches works.
+    counts_epochs: it does something every few epochs, and so needs data of known length.
     """
 
     name: ClassVar[str]
     merges: ClassVar[bool] = False
+    counts_epochs: ClassVar[bool] = False
 
     def __init__(self, keep_rate: float, setting: ReductionSetting = ReductionSetting()) -> None:
         """Raises InputError when `keep_rate` is not in (0, 1]."""

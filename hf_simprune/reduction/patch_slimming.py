@@ -66,6 +66,7 @@ class PatchSlimmingReducer(BranchReducer):
     """
 
     name = "patch_slimming"
+    counts_epochs = True
 
     def __init__(
         self,

@@ -210,3 +210,20 @@ def test_the_window_is_logged_where_there_is_one(name, offsets):
         assert found == [
             {"window_progress": progress, "window_offset": offset} for progress, offset in zip((0, 1), offsets)
         ]
+
+
+class TestWhatWouldDoNothing:
+    def test_a_stream_of_unknown_length_is_refused_before_training_where_a_method_counts_epochs(self):
+        arguments = make_arguments(token_reduction="patch_slimming", streaming=True, max_steps=10)
+        with pytest.raises(InputError, match="--token_reduction patch_slimming .* without --streaming"):
+            resolve(arguments, None, 1)
+        resolve(arguments, 640, 1)
+        resolve(make_arguments(token_reduction="evit", streaming=True, max_steps=10), None, 1)
+
+    @pytest.mark.parametrize("name", REDUCTIONS)
+    def test_a_changed_curriculum_or_matching_is_said_to_do_nothing_where_there_is_none(self, name):
+        notes = describe(resolve(make_arguments(token_reduction=name, curriculum="hard", matching="symmetric"), 640, 1))
+        said = [note for note in notes if "without effect" in note]
+        assert len(said) == (0 if name.startswith("simprune") else 2)
+        unchanged = describe(resolve(make_arguments(token_reduction=name), 640, 1))
+        assert not any("without effect" in note for note in unchanged)
