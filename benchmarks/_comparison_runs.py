@@ -128,12 +128,18 @@ def start_command(run: Run) -> list[str]:
 
 
 def measured(run: Run) -> dict[str, Any]:
-    """Of a finished run: images a second (median of what it logged after the first time), peak bytes, seconds."""
+    """Of a finished run: images a second (median of what it logged after the first time), peak bytes, seconds.
+
+    Of a run that was trained outside of the comparison only the first is known.
+    """
     records = [r for r in read_metrics(run.folder / "metrics.jsonl") if "images_per_second" in r]
     speeds = [record["images_per_second"] for record in records]
-    usage = [json.loads(line) for line in (run.folder.parent / f"{run.name}.usage.jsonl").read_text().splitlines()]
-    return {
-        "images_per_second": statistics.median(speeds[1:] or speeds),  # the last step is always logged
+    found = {"images_per_second": statistics.median(speeds[1:] or speeds)}  # the last step is always logged
+    noted = run.folder.parent / f"{run.name}.usage.jsonl"
+    if not noted.is_file():
+        return found | {"peak_bytes": None}
+    usage = [json.loads(line) for line in noted.read_text().splitlines()]
+    return found | {
         "peak_bytes": max(line["peak_bytes"] for line in usage),
         "device": usage[-1]["device"],
         "cpu_seconds": sum(line["cpu_seconds"] for line in usage),

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PretrainedConfig
 
+from hf_simprune.dino.allocator import keep_freed_memory
 from hf_simprune.dino.build import default_attention
 from hf_simprune.dino.dual_branch import Branch, DualBranch
 from hf_simprune.dino.engine import DinoEngine, Views
@@ -74,6 +75,8 @@ def build_step(
     options: dict[str, Any] | None = None,
 ) -> Callable[[], float]:
     """A whole training step: dense at keep rate 1, with `reduction` below. Returns the loss of the step."""
+    if setting.device.type == "cpu":
+        keep_freed_memory()  # as a run does
     torch.manual_seed(setting.seed)
     student, teacher = (
         Branch(backbone, DinoHead(backbone.config.hidden_size, setting.out_dim))

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -20,6 +20,7 @@ from hf_simprune.evaluation.latency import median_ratio as median_ratio
 
 # CPU seconds here too: wall seconds grow whenever another program takes the processor away.
 interleave = functools.partial(_interleave, clock=seconds)
+_SECONDS = "seconds "
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -36,6 +37,44 @@ def peak_bytes_apart(side: str) -> int:
     command = [sys.executable, "-W", "ignore", *sys.argv, "--peak_of", side]
     finished = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(finished.stdout.strip().splitlines()[-1])
+
+
+class Apart:
+    """One side of a race in a fresh process, with memory and threads to itself: this benchmark run again with
+    `--serve SIDE` added, which ends in `serve`."""
+
+    def __init__(self, side: str) -> None:
+        command = [sys.executable, "-W", "ignore", *sys.argv, "--serve", side]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self) -> float:
+        """Let it make a step; its seconds."""
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith(_SECONDS):
+                return float(line.removeprefix(_SECONDS))
+        raise SystemExit(f"error: {' '.join(map(str, self.process.args))} ended with {self.process.wait()}")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(step: Callable[[], object], device: torch.device) -> None:
+    """Make a step and tell its seconds whenever `Apart` asks for one."""
+    for _ in sys.stdin:
+        print(f"{_SECONDS}{seconds(step, device)}", flush=True)
+
+
+def interleave_apart(sides: Sequence[str], rounds: int, device: torch.device, warmup: int) -> dict[str, list[float]]:
+    """As `interleave`, every side in a process of its own."""
+    apart = {side: Apart(side) for side in sides}
+    try:
+        return _interleave(apart, rounds, device, warmup, clock=lambda step, _: step())
+    finally:
+        for side in apart.values():
+            side.close()
 
 
 def processor_name() -> str:

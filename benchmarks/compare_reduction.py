@@ -109,7 +109,7 @@ def build_rows(runs: Sequence[Run], judge: Judge) -> list[Row]:
                 hits,
                 flop_share(own[0]),
                 statistics.mean(times) if times else None,
-                max(found[run.name]["peak_bytes"] for run in own),
+                max(found[run.name]["peak_bytes"] or 0 for run in own) or None,
                 [{"name": run.name, **found[run.name]} for run in own],
             )
         )

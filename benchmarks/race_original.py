@@ -5,6 +5,7 @@
     python -W ignore benchmarks/race_original.py --dino CHECKOUT --architecture vit_tiny
 
 The checkout stays outside this repository. `_original.py` lists what of it is replaced from outside, and why.
+Every side has a process of its own, and they take turns.
 Printed: original time / our time; the same for two copies of the original, which should be 1; and how the gain splits
 into plumbing (our dense step) and pruning (our pruned step over our dense one).
 """
@@ -23,10 +24,11 @@ from _measure import (  # noqa: E402
     describe,
     emit,
     header,
-    interleave,
+    interleave_apart,
     median_ratio,
     peak_bytes,
     peak_bytes_apart,
+    serve,
 )
 from _original import build_original_step  # noqa: E402
 
@@ -53,6 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no_null", action="store_true", help="skip the copy of the original")
     parser.add_argument("--json", help="file to write all numbers to")
     parser.add_argument("--peak_of", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -81,12 +84,15 @@ def main() -> None:
         print(peak_bytes(setting.device))
         return
 
+    if args.serve:
+        serve(makers[args.serve](), setting.device)
+        return
+
     report = header(setting.device, args.seed)
     for key, value in report.items():
         print(f"{key}: {value}")
     print(f"{args.architecture}, 2x{GLOBAL_SIZE} + {args.local_crops_number}x{LOCAL_SIZE}, batch {args.batch}")
-    steps = {name: make() for name, make in makers.items()}
-    report["seconds"] = times = interleave(steps, args.rounds, setting.device, warmup=2)
+    report["seconds"] = times = interleave_apart(list(makers), args.rounds, setting.device, warmup=2)
     for name, value in describe(times, args.batch).items():
         print(f"  {name}: {value}")
     report["ratios"] = ratios = {

@@ -107,6 +107,8 @@ def test_speed_is_the_median_after_the_first_log(tmp_path):
     (tmp_path / f"{run.name}.usage.jsonl").write_text("".join(json.dumps(line) + "\n" for line in usage))
     found = runs.measured(run)
     assert (found["images_per_second"], found["peak_bytes"], found["cpu_seconds"], found["starts"]) == (20.0, 7, 4, 2)
+    (tmp_path / f"{run.name}.usage.jsonl").unlink()
+    assert runs.measured(run) == {"images_per_second": 20.0, "peak_bytes": None}, "trained outside of the comparison"
 
 
 def test_flop_share_is_counted_for_the_methods_own_tokens(tmp_path):
