@@ -17,7 +17,7 @@ from ..errors import InputError
 from .decoding import DECODING_ERRORS
 
 
-LABEL_NAMES = ("label", "labels", "fine_label", "coarse_label", "class", "target")
+LABEL_NAMES = ("label", "labels", "fine_label", "coarse_label", "class", "target", "cls")
 _PROBED_ROWS = 8
 
 
@@ -33,7 +33,7 @@ def load_split(
     split_option: str = "--train_split",
 ) -> Dataset | IterableDataset:
     """One split of a Hub data set, of a local parquet file (its only split is "train") or of a local folder of
-    parquet files or images.
+    parquet files, webdataset archives or images.
 
     `split` may be a slice such as "train[:90%]"; `max_samples` keeps the first rows of it. Raises InputError, naming
     the option, when the set is missing, empty, unreadable or has no such split, and for `trust_remote_code`, which
@@ -103,6 +103,11 @@ def _first_rows(dataset: Dataset | IterableDataset, count: int) -> list[dict[str
     return list(islice(undecoded(dataset), count))
 
 
+def known_features(dataset: Dataset | IterableDataset) -> Features:
+    """The columns' types; a stream that does not declare them is judged by its first rows."""
+    return dataset.features or Dataset.from_list(_first_rows(dataset, _PROBED_ROWS)).features
+
+
 def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """The same rows with images left as {"bytes", "path"}."""
     for name, feature in (dataset.features or {}).items():
@@ -131,10 +136,8 @@ def find_image_column(dataset: Dataset | IterableDataset, image_column: str | No
     Columns of bytes count only when one of the first rows opens as an image. Raises InputError when there is no such
     column, when there are several and `image_column` does not choose one, or when its choice is none.
     """
-    features = dataset.features
+    features = known_features(dataset)
     rows = _first_rows(dataset, _PROBED_ROWS)
-    if features is None:  # some streams only know their columns once they run
-        features = Dataset.from_list(rows).features
     names = ", ".join(features)
     if image_column is not None and image_column not in features:
         raise InputError(f"--image_column {image_column}: no such column; there are {names}")

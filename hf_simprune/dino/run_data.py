@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data of a run: training rows, their crops, and the labelled rows of the k-NN."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, IterableDataset
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.decoding import decode_image
-from ..data.loading import encoded_bytes, find_image_column, find_label_column, image_rows, load_split, undecoded
+from ..data.loading import (
+    encoded_bytes,
+    find_image_column,
+    find_label_column,
+    image_rows,
+    known_features,
+    load_split,
+)
+from ..data.streams import Place, ShuffledStream, sample_rows
 from ..errors import InputError
 from .arguments import DinoArguments
 from .augmentation import AugmentationConfig
@@ -24,7 +31,6 @@ from .views import LoaderSource, StreamSource
 
 
 DEFAULT_STREAM_BANK = 5000
-SHUFFLE_BUFFER = 1000
 UNKNOWN_CLASS = -1  # how `datasets` marks images whose class is kept secret
 
 
@@ -55,23 +61,18 @@ class RunData:
         batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
         workers = args.dataloader_num_workers
         if isinstance(self.train, IterableDataset):
+            readers = world * max(1, workers)
+            rows = ShuffledStream(
+                self.train, [self.image_column], args.seed, readers, in_one=args.max_train_samples is not None
+            )
+            accelerator.print(_about_sharing(rows))
 
-            def open_stream(start_batch: int) -> StreamingMultiCropDataset:
+            def open_stream(places: Sequence[Place], first: int) -> StreamingMultiCropDataset:
                 return StreamingMultiCropDataset(
-                    self.train,
-                    self.image_column,
-                    config,
-                    args.seed,
-                    batch,
-                    args.on_bad_image,
-                    world,
-                    rank,
-                    workers,
-                    start_batch,
+                    rows, self.image_column, config, args.seed, args.on_bad_image, rank, places, first
                 )
 
-            open_stream(0)  # says at once when there are more workers than shards
-            return StreamSource(open_stream, config, accelerator.device, batch, accumulation, workers)
+            return StreamSource(open_stream, rows.layout, config, accelerator.device, batch, accumulation, workers)
         dataset = MultiCropDataset(self.train, self.image_column, config, args.seed, args.on_bad_image, self.cache)
         return LoaderSource(
             dataset, len(self.train), config, accelerator.device, batch, accumulation, world, rank, args.seed, workers
@@ -149,11 +150,13 @@ def _split(args: DinoArguments, name: str, split: str, limit: int | None, option
     )
 
 
-def known_features(dataset: Dataset | IterableDataset) -> Features:
-    """The columns' types; a stream that does not declare them is judged by its first rows."""
-    if dataset.features is not None:
-        return dataset.features
-    return Dataset.from_list(list(islice(dataset, 8))).features
+def _about_sharing(rows: ShuffledStream) -> str:
+    each = rows.readers_of_a_shard
+    shared = "whole shards each" if each == 1 else f"{each} of them on every shard, which each reads in full"
+    return (
+        f"stream: {rows.shards:,} shard(s) for {rows.readers:,} reader(s), {shared}; shuffled in blocks of "
+        f"{rows.block_rows:,} rows"
+    )
 
 
 def _knn_images(
@@ -161,7 +164,8 @@ def _knn_images(
 ) -> tuple[LabelledImages, LabelledImages, str]:
     """Bank and queries, and in words what is classified by what."""
     if isinstance(train, IterableDataset):
-        train = _held(train, min(args.knn_bank_samples, DEFAULT_STREAM_BANK), image_column, label_column)
+        held = min(args.knn_bank_samples, DEFAULT_STREAM_BANK)
+        train = sample_rows(train, [image_column, label_column], held, in_one=args.max_train_samples is not None)
     bank = labelled_images(train, image_column, label_column)
     bank = bank.subset(drawn(len(bank), args.knn_bank_samples))
     if args.eval_split is None and args.eval_dataset_name_or_path is None:
@@ -178,7 +182,7 @@ def _knn_images(
     test_image = find_image_column(test, args.image_column)
     test_label = find_label_column(known_features(test), args.label_column or label_column)
     if isinstance(test, IterableDataset):
-        test = _held(test, args.max_eval_samples or DEFAULT_STREAM_BANK, test_image, test_label)
+        test = sample_rows(test, [test_image, test_label], args.max_eval_samples or DEFAULT_STREAM_BANK)
     queries = labelled_images(test, test_image, test_label)
     queries = queries.subset(drawn(len(queries), args.max_eval_samples))
     name = Path(name).name
@@ -195,9 +199,3 @@ def labelled_images(dataset: Dataset, image_column: str, label_column: str) -> L
         return Image.fromarray(decode_image(encoded_bytes(encoded[row][image_column])).numpy())
 
     return LabelledImages(image, rows, torch.tensor([labels[row] for row in rows], dtype=torch.int64))
-
-
-def _held(stream: IterableDataset, count: int, image_column: str, label_column: str) -> Dataset:
-    """Rows of a stream, still encoded, in memory: the first ones of its shuffled shards, through a shuffle buffer."""
-    rows = undecoded(stream).select_columns([image_column, label_column]).shuffle(seed=0, buffer_size=SHUFFLE_BUFFER)
-    return Dataset.from_list(list(rows.take(count)))

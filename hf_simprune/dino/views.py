@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer's view source: a loader of uint8 crops, finished by photometric work on the device."""
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..data.streams import START, Place, StreamError
+from ..errors import InputError
 from .augmentation import AugmentationConfig
 from .batch import Batch, collate
 from .engine import Views
+from .interrupts import outlive_interrupts
 from .photometric import apply_photometric
 from .sampler import GlobalBatchSampler
-from .streaming import StreamingMultiCropDataset
+from .streaming import StreamingMultiCropDataset, collate_with_place
 
 
-def outlive_interrupts(worker: int) -> None:
-    """Ctrl-C, and a scheduler's SIGTERM, reach the whole process group; the training process decides, and its workers
-    go on until it stops them. A second SIGTERM ends a worker, as that is how a stuck one is stopped."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+T = TypeVar("T")
 
 
 class LoaderSource:
@@ -71,6 +70,17 @@ class LoaderSource:
         loader = DataLoader(self.dataset, batch_sampler=sampler, **loader_options(self.num_workers, self.device))
         yield from grouped(iter(loader), self.accumulation)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the order is a function of the step."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises InputError when there is a state, as it is a stream's."""
+        if state:
+            raise InputError(
+                "--resume_from_checkpoint: the checkpoint was written while reading a stream; add --streaming"
+            )
+
     def views(self, batch: Batch) -> Views:
         return finished_views(batch, self.config, self.device)
 
@@ -79,12 +89,14 @@ class StreamSource:
     """Micro-batches of a stream; each process reads its own share, see `StreamingMultiCropDataset`.
 
     Args:
-        open_stream: builds the stream's examples from the first batch wanted of this process.
+        open_stream: builds this process's examples from the places of its readers and the one whose turn it is.
+        layout: of the stream, as `ShuffledStream` tells it.
     """
 
     def __init__(
         self,
-        open_stream: Callable[[int], StreamingMultiCropDataset],
+        open_stream: Callable[[Sequence[Place], int], StreamingMultiCropDataset],
+        layout: dict[str, int],
         config: AugmentationConfig,
         device: torch.device,
         per_device_batch: int,
@@ -92,18 +104,70 @@ class StreamSource:
         num_workers: int = 0,
     ) -> None:
         self.open_stream = open_stream
+        self.layout = layout
         self.config = config
         self.device = device
         self.per_device_batch = per_device_batch
         self.accumulation = accumulation
         self.num_workers = num_workers
+        self._places: list[Place] = [START] * max(1, num_workers)
+        self._turn = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Places of the readers after the micro-batches handed out, and what these depend on."""
+        return {
+            "workers": len(self._places),
+            "batch": self.per_device_batch,
+            "layout": self.layout,
+            "turn": self._turn,
+            "places": list(self._places),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`.
+
+        Raises:
+            InputError: it is of another stream, or of readers that shared it differently.
+        """
+        if not state:
+            raise InputError(
+                "--resume_from_checkpoint: the checkpoint holds no place in a stream, so this cannot be the run that "
+                "wrote it; resume without --streaming, or with the version that it was written with"
+            )
+        kept = (
+            "a stream is gone on with by as many processes and workers and in batches of the size that it began with"
+        )
+        if state["workers"] != len(self._places):
+            raise InputError(
+                f"--dataloader_num_workers {self.num_workers}: the checkpoint's run had {state['workers']}; {kept}"
+            )
+        if state["batch"] != self.per_device_batch:
+            raise InputError(
+                f"--per_device_train_batch_size {self.per_device_batch}: the checkpoint's run had {state['batch']}; "
+                f"{kept}"
+            )
+        if state["layout"] != self.layout:
+            raise InputError(
+                f"--resume_from_checkpoint: the stream is another one than the checkpoint's ({state['layout']} then, "
+                f"{self.layout} now); resume with the data it was written with"
+            )
+        self._places, self._turn = list(state["places"]), state["turn"]
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
-        """From optimiser step `start` on, without end."""
-        dataset = self.open_stream(start * self.accumulation)
-        options = loader_options(self.num_workers, self.device)
+        """From the loaded state on, or from the beginning, without end; `start` says no more than that."""
+        dataset = self.open_stream(self._places, self._turn)
+        options = loader_options(self.num_workers, self.device) | {"collate_fn": collate_with_place}
         loader = DataLoader(dataset, batch_size=self.per_device_batch, **options)
-        yield from grouped(dataset.resumed(iter(loader)), self.accumulation)
+        try:
+            for group in grouped(iter(loader), self.accumulation):
+                for _, place in group:  # a loader takes from its workers in turn
+                    self._places[self._turn] = place
+                    self._turn = (self._turn + 1) % len(self._places)
+                yield [batch for batch, _ in group]
+        except StreamError as error:
+            raise StreamError(
+                f"{error}; what was saved is safe: once it can be read, resume with --resume_from_checkpoint latest"
+            ) from error
 
     def views(self, batch: Batch) -> Views:
         return finished_views(batch, self.config, self.device)
@@ -117,7 +181,7 @@ def loader_options(num_workers: int, device: torch.device) -> dict:
     return options
 
 
-def grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+def grouped(batches: Iterator[T], size: int) -> Iterator[list[T]]:
     """Lists of `size` consecutive micro-batches; an incomplete last list is left out."""
     while True:
         group = []
@@ -134,4 +198,4 @@ def finished_views(batch: Batch, config: AugmentationConfig, device: torch.devic
     batch = batch.to(device, non_blocking=True)
     global_crops, local_crops = apply_photometric(batch, config, device)
     masks = None if batch.masks is None else batch.masks.flatten(0, 1)
-    return Views(global_crops, local_crops, batch.bad_indices, masks)
+    return Views(global_crops, local_crops, batch.bad_indices, masks, batch.draws)

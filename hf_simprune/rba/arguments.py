@@ -27,6 +27,9 @@ class AnalysisArguments:
     _argument_group_name = "analysis"
 
     calibration_split: str = option("train", "Split the images come from that maps are fitted and chosen on.")
+    streaming: bool = option(
+        False, "Read the data set as a stream: a sample of it is drawn and held in memory, the rest stays where it is."
+    )
     calibration_images: int = option(500, "Images to calibrate on, or all there are; a third of them selects.")
     cost_images: int = option(64, "Selection images on which every candidate's cost is measured.")
     map: list[str] | None = option(

@@ -19,6 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..data.decoding import DECODING_ERRORS, decode_image, load_pixels, oriented_size
 from ..data.loading import encoded_bytes, find_image_column, image_rows, load_split
 from ..errors import InputError
+from .stream_rows import hold_rows
 
 
 CALIBRATION_IMAGES = 500
@@ -239,10 +240,13 @@ def open_calibration_set(
     seed: int = 0,
     token: str | None = None,
     trust_remote_code: bool = False,
+    held_rows: int | None = None,
+    label_column: str | None = None,
 ) -> tuple[CalibrationSet, Dataset]:
     """Open a data set by name and choose the images; also the opened rows, for their labels.
 
-    `hold_out` as for `split_images`: leave it on unless evaluation has a split of its own.
+    `hold_out` as for `split_images`: leave it on unless evaluation has a split of its own. With `held_rows` the data
+    set is read as a stream, of which that many rows are drawn and held, with labels from `label_column`.
 
     Raises:
         InputError: as `load_split`, `find_image_column` and `split_images`.
@@ -252,10 +256,13 @@ def open_calibration_set(
         split,
         config_name,
         revision,
+        streaming=held_rows is not None,
         token=token,
         trust_remote_code=trust_remote_code,
         split_option="--calibration_split",
     )
+    if held_rows is not None:
+        rows = hold_rows(rows, held_rows, image_column, label_column, seed)
     chosen = calibration_set(rows, processor, calibration_images, hold_out, seed, image_column)
     source = {
         "dataset": dataset_name_or_path,
@@ -263,5 +270,6 @@ def open_calibration_set(
         "split": split,
         "revision": revision,
         "fingerprint": rows._fingerprint,
+        "streamed": held_rows is not None,
     }
     return CalibrationSet(chosen.reader, chosen.split, seed, source), rows

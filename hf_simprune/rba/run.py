@@ -147,6 +147,8 @@ def _start(args: AnalyzeArguments | CompressArguments) -> _Start:
     if "low_rank" in args.map and args.rank is None:
         args.rank = max(1, adapter.width // _RANK_SHARE)
     images = open_images(args, checkpoint.processor)
+    for note in images.notes:
+        accelerator.print(note)
     checkpoint.model.to(accelerator.device)
     return _Start(checkpoint, adapter, images, accelerator, accelerator.print)
 

@@ -13,6 +13,7 @@ from ..errors import InputError
 from .arguments import AnalyzeArguments, CompressArguments
 from .calibration import CalibrationSet, ImageReader, open_calibration_set
 from .comparison import LabelledRows, labels_of
+from .stream_rows import STREAMED_EVALUATION_IMAGES, about_held, hold_rows, rows_needed
 
 
 EVALUATION_IMAGES = 5000
@@ -20,12 +21,16 @@ EVALUATION_IMAGES = 5000
 
 @dataclass(frozen=True)
 class RunImages:
-    """`calibration` fits and chooses; `training` are the same images with labels; `evaluation` is seen by neither."""
+    """`calibration` fits and chooses; `training` are the same images with labels; `evaluation` is seen by neither.
+
+    `notes` are lines to print.
+    """
 
     calibration: CalibrationSet
     training: LabelledRows
     evaluation: LabelledRows
     evaluated_on: str
+    notes: tuple[str, ...] = ()
 
 
 def open_images(args: AnalyzeArguments | CompressArguments, processor: BaseImageProcessor) -> RunImages:
@@ -35,6 +40,7 @@ def open_images(args: AnalyzeArguments | CompressArguments, processor: BaseImage
         InputError: no such data, no images in it, too few rows.
     """
     own_split = args.eval_split is not None or args.eval_dataset_name_or_path is not None
+    held = rows_needed(args.calibration_images, args.max_eval_samples, not own_split) if args.streaming else None
     calibration, rows = open_calibration_set(
         args.dataset_name_or_path,
         processor,
@@ -47,7 +53,10 @@ def open_images(args: AnalyzeArguments | CompressArguments, processor: BaseImage
         seed=args.seed,
         token=args.token,
         trust_remote_code=args.trust_remote_code,
+        held_rows=held,
+        label_column=args.label_column,
     )
+    notes = [about_held(rows, args.calibration_split)] if args.streaming else []
     reader, evaluation_rows = calibration.reader, rows
     chosen = list(calibration.evaluation)
     where = "held out from calibration"
@@ -60,9 +69,14 @@ def open_images(args: AnalyzeArguments | CompressArguments, processor: BaseImage
                 split,
                 args.dataset_config_name,
                 args.dataset_revision,
+                args.streaming,
                 token=args.token,
                 split_option="--eval_split",
             )
+            if args.streaming:
+                count = args.max_eval_samples or STREAMED_EVALUATION_IMAGES
+                evaluation_rows = hold_rows(evaluation_rows, count, args.image_column, args.label_column, args.seed)
+                notes.append(about_held(evaluation_rows, split))
         except InputError as error:
             if args.eval_dataset_name_or_path is None:
                 raise
@@ -87,6 +101,7 @@ def open_images(args: AnalyzeArguments | CompressArguments, processor: BaseImage
         _labelled(calibration.reader, rows, training, args.label_column),
         _labelled(reader, evaluation_rows, tuple(chosen), args.label_column),
         f"{len(chosen)} images {where}",
+        tuple(notes),
     )
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from hf_simprune.data.decoding import decode_image, image_size, to_rgb
 from hf_simprune.data.loading import find_image_column, find_label_column, load_split
+from hf_simprune.data.streams import ShuffledStream
 from hf_simprune.dino import data
 from hf_simprune.dino.augmentation import AugmentationConfig, epoch_order, sample_parameters
 from hf_simprune.dino.batch import PARAMETER_NAMES, collate
@@ -56,7 +57,8 @@ def test_a_folder_of_images(tmp_path, images, streaming):
     dataset = load_split(str(tmp_path / "set"), "train", streaming=streaming)
     assert find_image_column(dataset) == "image" and find_label_column(dataset.features) == "label"
     if streaming:
-        made = next(iter(StreamingMultiCropDataset(dataset, "image", CFG, seed=0, batch_size=2)))
+        rows = ShuffledStream(dataset, ["image"], seed=0)
+        made = next(iter(StreamingMultiCropDataset(rows, "image", CFG, seed=0)))
     else:
         made = MultiCropDataset(dataset, "image", CFG, seed=0)[0, 3]
     assert made["global_crops"].shape == (2, 3, 24, 24)
