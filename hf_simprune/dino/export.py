@@ -2,6 +2,10 @@
 """The result of a run: a folder that stock transformers loads, with the training's own parts beside it."""
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BaseImageProcessor, DeiTModel, Dinov2Model, ViTModel
 
+from ..atomic import PARTIAL, flush, flush_tree, new_folder, write_text
 from ..models import (
     SimPruneDeiTConfig,
     SimPruneDeiTModel,
@@ -25,6 +30,7 @@ from .dual_branch import DualBranch
 
 TRAINING = "training"
 INITIAL = "initial"
+RESULT = "result"  # with `PARTIAL` before it, where the result is made
 _FAMILIES = {
     SimPruneViTConfig.model_type: (SimPruneViTConfig, SimPruneViTModel),
     SimPruneDeiTConfig.model_type: (SimPruneDeiTConfig, SimPruneDeiTModel),
@@ -34,7 +40,31 @@ _FAMILIES = {
 
 def save_initial(output_dir: Path, model: DualBranch) -> None:
     """Keep the untrained backbone as a stock model in `training/initial`, to compare the trained one with."""
-    _stock_teacher(model).save_pretrained(output_dir / TRAINING / INITIAL)
+    with new_folder(output_dir / TRAINING / INITIAL) as folder:
+        _stock_teacher(model).save_pretrained(folder)
+
+
+@contextmanager
+def result_folder(output_dir: Path) -> Iterator[Path]:
+    """An empty folder in `output_dir` to write the result into; when the block ends its files take their places there.
+
+    Each file of an earlier result is replaced by a whole one, `config.json` last of all: where it lies, the rest does.
+    After an error nothing has changed.
+    """
+    folder = output_dir / f"{PARTIAL}{RESULT}"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        flush_tree(folder)
+        names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+        for name in sorted(names, key=lambda name: (str(name) == "config.json", name)):
+            (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder / name, output_dir / name)
+        for place in {(output_dir / name).parent for name in names}:
+            flush(place)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def export_model(output_dir: Path, model: DualBranch, processor: BaseImageProcessor) -> None:
@@ -70,7 +100,7 @@ def load_teacher_backbone(output_dir: Path) -> Backbone:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Indented JSON, the folder made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _stock_teacher(model: DualBranch) -> ViTModel | DeiTModel | Dinov2Model:

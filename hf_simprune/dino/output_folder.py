@@ -2,9 +2,9 @@
 """Keeping a run from writing over something it should not."""
 
 import re
-import shutil
 from pathlib import Path
 
+from ..atomic import clear_leftovers, remove_folder
 from ..errors import InputError
 from .arguments import DinoArguments
 
@@ -57,13 +57,25 @@ def clear_previous_run(output_dir: Path) -> list[str]:
     if not _is_run(output_dir):
         return []
     names = sorted(path.name for path in output_dir.iterdir() if _RUN_NAMES.fullmatch(path.name))
-    for name in names:
+    # what marks the folder as a run's goes last: killed before that, the same command clears it again
+    for name in sorted(names, key=lambda name: name == Path(RUN_FILE).parts[0]):
         path = output_dir / name
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            remove_folder(path)
         else:
             path.unlink()
     return names
+
+
+def tidy_up(output_dir: Path) -> list[str]:
+    """Remove what a killed run left unfinished, and give a checkpoint that it was replacing its name back.
+
+    Returns the names of what was found; files of any other name stay. No run may be writing there.
+    """
+    from .export import RESULT
+
+    found = clear_leftovers(output_dir, lambda name: name == RESULT or _RUN_NAMES.fullmatch(name) is not None)
+    return found + clear_leftovers(output_dir / Path(RUN_FILE).parent)
 
 
 def _is_run(folder: Path) -> bool:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from .arguments import DinoArguments
 from .build import Normalisation
 from .reduction_choice import keep_rate_counts
 from .resolve import ResolvedSettings
-from .runlog import read_metrics
 from .snapshots import MOMENTS, stage_dropped
 
 
@@ -32,16 +32,17 @@ _NOT_SHOWN = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_schedule_change", "save_steps",
     "save_total_limit", "dataset_name_or_path", "eval_dataset_name_or_path", "token", "dataloader_num_workers",
     "logging_steps", "report_to", "run_name", "disable_tqdm", "push_to_hub", "hub_model_id", "hub_private_repo",
-    "hub_strategy", "bf16", "fp16",
+    "hub_strategy", "bf16", "fp16", "ddp_timeout",
 )  # fmt: skip
 
 
-def draw_pictures(output_dir: Path, snapshots: Path, settings: ResolvedSettings, norm: Normalisation) -> None:
-    """Loss curve from `metrics.jsonl`; from the snapshots of a run with token reduction, pruned and merged tokens over
-    the training, after all stages, and over the depth, at its end."""
-    records = read_metrics(output_dir / "metrics.jsonl")
+def draw_pictures(
+    records: Sequence[dict[str, Any]], folder: Path, snapshots: Path, settings: ResolvedSettings, norm: Normalisation
+) -> None:
+    """Into `folder`: the loss curve from the records of `metrics.jsonl`; from the snapshots of a run with token
+    reduction, pruned and merged tokens over the training, after all stages, and over the depth, at its end."""
     if any("loss" in record for record in records):
-        plot_loss_curve(records, output_dir / LOSS_CURVE)
+        plot_loss_curve(records, folder / LOSS_CURVE)
     if snapshots.exists():
         stages = [f"block {layer}" for layer in settings.reduction_layers]
         stored = load_file(snapshots)
@@ -49,11 +50,11 @@ def draw_pictures(output_dir: Path, snapshots: Path, settings: ResolvedSettings,
         if not moments:
             return
         views = token_views(stored, [(moment, -1) for moment in moments], settings, norm)
-        plot_pruned_tokens(views, [f"{moment} of training" for moment in moments], stages, output_dir / PRUNED_TOKENS)
+        plot_pruned_tokens(views, [f"{moment} of training" for moment in moments], stages, folder / PRUNED_TOKENS)
         depth = stored[f"{moments[-1]}_tokens"].shape[2]
         shown = sorted({round(place) for place in np.linspace(0, depth - 1, min(depth, _MOST_PANELS))})
         views = token_views(stored, [(moments[-1], stage) for stage in shown], settings, norm)
-        plot_pruned_tokens(views, [f"after {stages[stage]}" for stage in shown], stages, output_dir / TOKENS_BY_DEPTH)
+        plot_pruned_tokens(views, [f"after {stages[stage]}" for stage in shown], stages, folder / TOKENS_BY_DEPTH)
 
 
 def token_views(
@@ -80,7 +81,8 @@ def token_views(
 
 
 def write_card(
-    output_dir: Path,
+    records: Sequence[dict[str, Any]],
+    folder: Path,
     args: DinoArguments,
     settings: ResolvedSettings,
     model_class: str,
@@ -89,16 +91,16 @@ def write_card(
     evaluated_on: str = "",
     repo_id: str | None = None,
 ) -> None:
-    """`README.md` from the run's own numbers.
+    """`README.md` in `folder`, which holds the pictures, from the run's own numbers.
 
     Args:
+        records: the objects of `metrics.jsonl`.
         model_class: the stock class that was saved.
         seen: images that went through training.
         about: further facts of the run, such as its precision.
         evaluated_on: what the k-NN classified, in words.
         repo_id: where the folder will be uploaded to.
     """
-    records = read_metrics(output_dir / "metrics.jsonl")
     accuracies = [record for record in records if "knn_accuracy" in record]
     losses = [record for record in records if "loss" in record]
     sizes = settings.geometry
@@ -141,12 +143,12 @@ def write_card(
         knn=rows,
         knn_k=args.knn_k,
         knn_temperature=args.knn_temperature,
-        loss_curve=LOSS_CURVE if (output_dir / LOSS_CURVE).exists() else None,
-        pruned_tokens=PRUNED_TOKENS if (output_dir / PRUNED_TOKENS).exists() else None,
-        tokens_by_depth=TOKENS_BY_DEPTH if (output_dir / TOKENS_BY_DEPTH).exists() else None,
+        loss_curve=LOSS_CURVE if (folder / LOSS_CURVE).exists() else None,
+        pruned_tokens=PRUNED_TOKENS if (folder / PRUNED_TOKENS).exists() else None,
+        tokens_by_depth=TOKENS_BY_DEPTH if (folder / TOKENS_BY_DEPTH).exists() else None,
         objective=args.objective,
     )
-    (output_dir / "README.md").write_text(render_model_card(card), encoding="utf-8")
+    (folder / "README.md").write_text(render_model_card(card), encoding="utf-8")
 
 
 def command(argv: list[str], about: dict[str, object]) -> str:

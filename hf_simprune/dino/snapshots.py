@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..atomic import new_file
 from .dual_branch import DualBranch
 from .engine import Views
 from .schedules import StepValues
@@ -63,7 +64,8 @@ class PruningSnapshots:
         if "views" not in stored:
             both = views.global_crops.unflatten(0, (2, -1)).transpose(0, 1)
             stored = {"views": both[:NUM_IMAGES].float().cpu().contiguous()}
-        crops = stored["views"].to(views.global_crops).transpose(0, 1).flatten(0, 1)
+        device = next(self.model.parameters()).device
+        crops = stored["views"].to(device, views.global_crops.dtype).transpose(0, 1).flatten(0, 1)
         progress = torch.tensor(values.window_progress, dtype=torch.float32, device=crops.device)
         self.model.eval()
         devices = [crops.device] if crops.device.type == "cuda" else []
@@ -78,4 +80,5 @@ class PruningSnapshots:
         for moment in self.moments[step]:
             stored[moment] = stage_dropped(followed.flatten(0, 1)).unflatten(0, (n, 2)).cpu()
             stored[f"{moment}_tokens"] = followed.to(torch.int32).cpu()
-        save_file(stored, self.path)
+        with new_file(self.path) as partial:
+            save_file(stored, partial)

@@ -3,34 +3,42 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..errors import InputError, TrainingError, TrainingInterrupted
-from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import (
+    Contents,
+    NotSavedError,
+    check_files,
+    checkpoint_tensors,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_state,
+    rotate_checkpoints,
+    write_checkpoint,
+)
 from .engine import DinoEngine, NonFiniteLossError, StepResult, Views
 from .interrupts import Interrupts
+from .main_process import on_main
 from .monitor import CollapseMonitor
 from .runlog import RunLog
 from .schedules import DinoSchedules, StepValues
+from .view_source import ViewSource
+from .window import Window
+from .worker_deaths import WorkerDeaths, WorkerDied
 
 
 MAX_SKIPPED_IN_A_ROW = 50
-
-
-class ViewSource(Protocol):
-    """Where crops come from. `batches(start)` yields the micro-batches of one optimiser step after another, beginning
-    with the `start`-th; `views` turns one of them into normalised crops on the device."""
-
-    def batches(self, start: int) -> Iterator[Sequence[Any]]: ...
-
-    def views(self, batch: Any) -> Views: ...
+LEARN_GENTLER = "try a lower learning rate, a longer warm-up, or fp32"
+RESUME = "run the same command with --resume_from_checkpoint latest"
 
 
 @dataclass(frozen=True)
@@ -48,32 +56,6 @@ class LoopSettings:
     disable_tqdm: bool = False
     allow_schedule_change: bool = False
     identity: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Window:
-    """Sums since the last logged step."""
-
-    steps: int = 0
-    loss: float = 0.0
-    entropy: float = 0.0
-    seconds: float = 0.0
-    data_wait: float = 0.0
-    parts: dict[str, float] = field(default_factory=dict)
-
-    def add(self, result: StepResult, seconds: float, data_wait: float) -> None:
-        self.steps += 1
-        self.loss += result.loss
-        self.entropy += result.teacher_entropy
-        self.seconds += seconds
-        self.data_wait += data_wait
-        for name, value in result.parts.items():
-            self.parts[name] = self.parts.get(name, 0.0) + value
-
-    @property
-    def cls_loss(self) -> float:
-        """As `StepResult.cls_loss`, summed."""
-        return self.parts.get("dino_loss", self.loss)
 
 
 def step_seed(seed: int, batch: int, rank: int) -> int:
@@ -121,8 +103,11 @@ class DinoTrainer:
         self.step = 0
         self.batches_seen = 0
         self.skipped_in_a_row = 0
-        self.bad_indices: set[int] = set()
+        self.bad_indices: set[int | str] = set()
         self.window = Window()
+        self.source_state = source.state_dict()
+        self.log: RunLog | None = None
+        self.unwritten_metrics: list[str] = []
 
     @property
     def accelerator(self) -> Accelerator:
@@ -132,52 +117,84 @@ class DinoTrainer:
         """Continue from `latest` or from a checkpoint folder.
 
         Raises:
-            InputError: no such checkpoint, another architecture, or another schedule without
+            InputError: no such checkpoint, damaged files, another architecture, or another schedule without
                 `allow_schedule_change`.
         """
         checkpoint = find_checkpoint(self.settings.output_dir, resume_from)
-        state = load_checkpoint(checkpoint, self.engine)
+        warning = on_main(self.accelerator, lambda: check_files(checkpoint))
+        if warning:
+            self.accelerator.print(warning)
+        found = read_state(checkpoint).get("identity", {})
         for option, value in self._identity().items():
-            before = state["identity"].get(option, value)
+            before = found.get(option, value)
             if before != value and not self.settings.allow_schedule_change:
                 raise InputError(
                     f"--resume_from_checkpoint {checkpoint}: {option} was {before} and is now {value}; use the "
                     "original value, or --allow_schedule_change to go on as another run from here"
                 )
+        state = load_checkpoint(checkpoint, self.engine)
+        self._load_source(state.get("source", [{}]))
         self.step = state["step"]
         self.batches_seen = state["batches_seen"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.bad_indices = set(state["bad_indices"])
         self.window = Window(**state["window"])
         self.monitor.load_state_dict(state["monitor"])
+        self.unwritten_metrics = state.get("unwritten_metrics", [])
         return checkpoint
+
+    def _load_source(self, states: list[dict[str, Any]]) -> None:
+        """Each process takes its own of the states that as many had."""
+        processes = self.accelerator.num_processes
+        if not any(states):  # the order is a function of the step, for any number of processes
+            self.source.load_state_dict({})
+        elif len(states) == processes:
+            self.source.load_state_dict(states[self.accelerator.process_index])
+        else:
+            raise InputError(
+                f"--resume_from_checkpoint: {processes} process(es) were launched, but the checkpoint was written by "
+                f"{len(states)}, which each read a share of the stream; launch {len(states)}"
+            )
+        self.source_state = self.source.state_dict()
 
     def train(self) -> None:
         """Train to the end.
 
         Raises:
-            TrainingError: non-finite loss, or too many steps in a row with non-finite gradients.
+            TrainingError: non-finite loss, too many steps in a row with non-finite gradients, or a last checkpoint
+                that cannot be written.
             TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         """
         total = self.schedules.total_steps
         settings = self.settings
-        log = RunLog(settings.output_dir / "metrics.jsonl", self.accelerator, self.step, total, settings.disable_tqdm)
+        log = self.log = RunLog(
+            settings.output_dir / "metrics.jsonl",
+            self.accelerator,
+            self.step,
+            total,
+            settings.disable_tqdm,
+            self.unwritten_metrics,
+        )
         try:
-            with Interrupts() as interrupts:
+            with Interrupts() as interrupts, WorkerDeaths() as deaths:
                 if self.step == 0:
                     self._evaluate(log)
-                self._loop(log, interrupts)
-            if total not in self._evaluation_steps():
+                self._loop(log, interrupts, deaths)
+            if total not in self._evaluation_steps() and not log.evaluated:
                 self._evaluate(log)
         finally:
             log.close()
 
-    def _loop(self, log: RunLog, interrupts: Interrupts) -> None:
+    def _loop(self, log: RunLog, interrupts: Interrupts, deaths: WorkerDeaths) -> None:
         settings = self.settings
         batches = self.source.batches(self.batches_seen)
         while self.step < self.schedules.total_steps:
             started = time.perf_counter()
-            micro_batches = next(batches)
+            try:
+                with deaths.waiting():
+                    micro_batches = next(batches)
+            except WorkerDied as death:
+                raise TrainingError(self._stopped(str(death), RESUME, alone=True)) from death
             data_wait = time.perf_counter() - started
             values = self.schedules.at(self.step)
             due = self._log_due(self.step + 1)
@@ -190,7 +207,11 @@ class DinoTrainer:
                 result = self.engine.step(views, values, diagnostics=due)
             except NonFiniteLossError as error:
                 raise TrainingError(self._stopped(str(error))) from error
+            if result.skipped and self.accelerator.scaler is None:
+                # a loss scale would be lowered and the next step be finite again; here something is broken
+                raise TrainingError(self._stopped("gradients are not finite, and no step was taken"))
             self.batches_seen += 1
+            self.source_state = self.source.state_dict()
             self._note_bad_images(views, log)
             if result.skipped:
                 self._count_skipped(log)
@@ -199,8 +220,10 @@ class DinoTrainer:
             finished = self.step == self.schedules.total_steps
             save_due = not result.skipped and self.step % settings.save_steps == 0
             interrupted = self._any_process(interrupts.requested is not None)
-            if finished or save_due or interrupted:
-                self.save()
+            if finished or interrupted:
+                self._save_for_good()
+            elif save_due:
+                self._save_if_possible(log)
             if interrupted and not finished:
                 raise TrainingInterrupted(
                     f"interrupted after step {self.step}; everything is saved. To resume, run the same command with "
@@ -223,28 +246,50 @@ class DinoTrainer:
         if self.step in self._evaluation_steps():
             self._evaluate(log)
 
-    def save(self, rotate: bool = True) -> Path | None:
-        """Write a checkpoint of the current step; the main process does, and the others wait for it."""
-        self.accelerator.wait_for_everyone()
-        keep = self.settings.save_total_limit if rotate else None
-        path = self._write_checkpoint(keep) if self.accelerator.is_main_process else None
-        # a process that ended now would make the launcher end the one that writes
-        self.accelerator.wait_for_everyone()
-        return path
+    def save(self, rotate: bool = True) -> Path:
+        """Write a checkpoint of the current step; the main process does, and the others wait for it.
 
-    def _write_checkpoint(self, keep: int | None) -> Path:
+        Raises:
+            NotSavedError: in every process: it could not be written, and earlier ones are as they were.
+        """
+        if self.log is not None:
+            self.log.flush(to_disk=True)  # the lines of a step must not be lost where its checkpoint is not
+        state, tensors = self._state(), checkpoint_tensors(self.engine)
+        keep = self.settings.save_total_limit if rotate else None
+        return on_main(self.accelerator, lambda: self._write_checkpoint(state, tensors, keep))
+
+    def _save_if_possible(self, log: RunLog) -> None:
+        try:
+            self.save()
+        except NotSavedError as error:
+            log.say(f"warning: {error}; the run goes on and tries again in {self.settings.save_steps} steps")
+
+    def _save_for_good(self) -> None:
+        try:
+            self.save()
+        except NotSavedError as error:
+            raise TrainingError(f"stopped after step {self.step}: {error}; mend that first") from error
+
+    def _state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
-        state = {
+        return {
             "step": self.step,
             "batches_seen": self.batches_seen,
+            "source": gather_object([self.source_state]),
             "skipped_in_a_row": self.skipped_in_a_row,
             "bad_indices": sorted(self.bad_indices),
             "window": vars(self.window),
             "monitor": self.monitor.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "identity": self._identity(),
+            "unwritten_metrics": list(self.log.unwritten) if self.log is not None else [],
         }
-        path = save_checkpoint(self.settings.output_dir, self.engine, state, keep)
+
+    def _write_checkpoint(self, state: dict[str, Any], tensors: Contents, keep: int | None) -> Path:
+        path = write_checkpoint(self.settings.output_dir, tensors, state)
+        warning = rotate_checkpoints(self.settings.output_dir, path, keep)
+        if warning:
+            self.accelerator.print(warning)
         if self.after_save is not None:
             self.after_save(self.step)
         return path
@@ -254,6 +299,10 @@ class DinoTrainer:
         if self.accelerator.num_processes == 1:
             return here
         return self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device)).item() > 0
+
+    def _finite(self) -> bool:
+        """Whether the student's parameters are, in every process."""
+        return not self._any_process(not all(bool(p.isfinite().all()) for p in self.engine.dual.student.parameters()))
 
     def _identity(self) -> dict[str, Any]:
         return {"total steps": self.schedules.total_steps, "--seed": self.settings.seed, **self.settings.identity}
@@ -332,9 +381,14 @@ class DinoTrainer:
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(self._stopped(f"gradients were not finite {self.skipped_in_a_row} times in a row"))
 
-    def _stopped(self, reason: str) -> str:
-        self.save(rotate=False)  # what was saved before may be the better place to go on from
-        return (
-            f"stopped at step {self.step}: {reason}. The network of the last good step is in "
-            f"checkpoint-{self.step}; try a lower learning rate, a longer warm-up, or fp32"
-        )
+    def _stopped(self, reason: str, advice: str = LEARN_GENTLER, alone: bool = False) -> str:
+        """Save what there is, unless it is spoiled; and not `alone` while other processes know of nothing."""
+        saved = [path.name for path in list_checkpoints(self.settings.output_dir)]
+        kept = f"The last good checkpoint is {saved[-1]}" if saved else "There is no checkpoint yet"
+        try:
+            if not (alone and self.accelerator.num_processes > 1) and self._finite():
+                self.save(rotate=False)  # what was saved before may be the better place to go on from
+                kept = f"The network of the last good step is in checkpoint-{self.step}"
+        except NotSavedError as error:
+            kept = f"The network of the last good step is lost: {error}"
+        return f"stopped at step {self.step}: {reason}. {kept}; {advice}"

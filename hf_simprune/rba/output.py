@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..atomic import STORAGE_ERRORS, flush, flush_tree, reason
 from ..errors import InputError, TrainingError
 
 
@@ -77,9 +78,10 @@ def building(output_dir: str) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
         folder.chmod(0o777 & ~_umask())
         yield folder
+        flush_tree(folder)
         _put_in_place(folder, final)
-    except OSError as error:
-        raise TrainingError(f"--output_dir {output_dir} could not be written: {error}") from error
+    except STORAGE_ERRORS as error:
+        raise TrainingError(f"--output_dir {output_dir} could not be written: {reason(error)}") from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -96,11 +98,14 @@ def _put_in_place(folder: Path, final: Path) -> None:
             final.rmdir()
         folder.replace(final)
         return
-    for path in final.iterdir():
-        if _RESULT_NAMES.fullmatch(path.name):
+    names = [path.name for path in folder.iterdir()]
+    # REPORT marks the folder as a result, so it stays until the new one takes its place
+    for name in sorted(names):
+        (folder / name).replace(final / name)
+    for path in list(final.iterdir()):
+        if path.name not in names and _RESULT_NAMES.fullmatch(path.name):
             path.unlink()
-    for path in folder.iterdir():
-        path.replace(final / path.name)
+    flush(final)
 
 
 def _umask() -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from hf_simprune.dino.checkpoint import find_checkpoint, list_checkpoints, set_aside_later
+from hf_simprune.dino.checkpoint import NotSavedError, find_checkpoint, list_checkpoints, set_aside_later
 from hf_simprune.dino.engine import StepResult, Views
 from hf_simprune.dino.trainer import DinoTrainer, LoopSettings
 from hf_simprune.errors import InputError, TrainingError, TrainingInterrupted
@@ -107,7 +107,8 @@ def test_checkpoints_rotate_and_hold_no_pickle(tmp_path):
     build(tmp_path, save_steps=2, save_total_limit=2).train()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-12"]
     files = sorted(path.name for path in (tmp_path / "checkpoint-12").iterdir())
-    assert files == ["optimizer.safetensors", "student.safetensors", "teacher.safetensors", "trainer_state.json"]
+    tensors = ["optimizer.safetensors", "student.safetensors", "teacher.safetensors"]
+    assert files == ["manifest.json", *tensors, "trainer_state.json"]
     with safe_open(tmp_path / "checkpoint-12" / "optimizer.safetensors", "pt") as tensors:
         assert "center" in tensors.keys()
 
@@ -115,9 +116,9 @@ def test_checkpoints_rotate_and_hold_no_pickle(tmp_path):
 def test_a_checkpoint_cut_short_is_never_found(tmp_path, monkeypatch):
     trainer = build(tmp_path, total=5)
     trainer.train()
-    monkeypatch.setattr("hf_simprune.dino.checkpoint.os.replace", lambda *a: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("hf_simprune.atomic.os.rename", lambda *a: (_ for _ in ()).throw(OSError("full")))
     trainer.step = 6
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(NotSavedError, match=r"checkpoint-6 could not be written \(full\); .*checkpoint-5"):
         trainer.save()
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-5"
 
@@ -168,9 +169,34 @@ def test_non_finite_loss_stops_names_the_step_and_keeps_the_network(tmp_path):
 
 def test_endless_overflow_stops(tmp_path):
     trainer = build(tmp_path)
+    trainer.engine.accelerator.scaler = torch.amp.GradScaler("cpu")
     trainer.engine.step = lambda *a, **k: StepResult(1.0, 1.0, math.inf, skipped=True)
     with pytest.raises(TrainingError, match="not finite 50 times in a row"):
         trainer.train()
+
+
+def test_gradients_that_are_not_finite_stop_a_run_that_has_no_loss_scale_to_lower(tmp_path):
+    trainer = build(tmp_path)
+    trainer.engine.step = lambda *a, **k: StepResult(1.0, 1.0, math.inf, skipped=True)
+    with pytest.raises(TrainingError, match="stopped at step 0: gradients are not finite, and no step was taken"):
+        trainer.train()
+
+
+def test_a_network_that_is_not_finite_is_not_saved_over_what_is_good(tmp_path):
+    class Spoiled(Poisoned):
+        def views(self, batch):
+            views = super().views(batch)
+            if not views.global_crops.isfinite().all():
+                with torch.no_grad():
+                    next(trainer.engine.dual.student.parameters()).view(-1)[0] = math.inf
+            return views
+
+    trainer = build(tmp_path, source=Spoiled(dtype=torch.float32))
+    with pytest.raises(
+        TrainingError, match="stopped at step 7: loss is nan. The last good checkpoint is checkpoint-5"
+    ):
+        trainer.train()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5"]
 
 
 def test_collapse_is_written_to_the_metrics(tmp_path, capsys):

@@ -323,9 +323,16 @@ class TestAgain:
     def test_a_checkpoint_of_another_architecture_is_refused_and_kept(self, train):
         folder = train(max_steps=2)
         before = (folder / "model.safetensors").read_bytes()
-        with pytest.raises(InputError, match="another architecture"):
+        with pytest.raises(InputError, match="--architecture was .* and is now deit_tiny"):
             train(max_steps=2, architecture="deit_tiny", resume_from_checkpoint="latest")
+        with pytest.raises(InputError, match="another architecture"):
+            train(max_steps=2, architecture="deit_tiny", resume_from_checkpoint="latest", allow_schedule_change=True)
         assert (folder / "model.safetensors").read_bytes() == before
+
+    def test_another_keep_rate_is_refused_by_its_name_where_the_method_learned_for_the_first(self, train):
+        train(max_steps=2, token_reduction="self_slimmed", keep_rate=0.9)
+        with pytest.raises(InputError, match="--keep_rate was 0.9 and is now 0.8"):
+            train(max_steps=2, token_reduction="self_slimmed", keep_rate=0.8, resume_from_checkpoint="latest")
 
     def test_a_checkpoint_of_another_folder_is_not_resumed_into_a_run(self, train):
         other, folder = train("other", max_steps=2), train("mine", max_steps=2)
