@@ -15,6 +15,7 @@ from hf_simprune.dino.dual_branch import Branch, DualBranch
 from hf_simprune.dino.engine import DinoEngine, Views
 from hf_simprune.dino.head import DinoHead
 from hf_simprune.dino.schedules import StepValues
+from hf_simprune.dino.sharding import Sharding
 from hf_simprune.evaluation.profile import BackboneSpec
 from hf_simprune.models.architectures import build_backbone
 from hf_simprune.reduction import TokenReducer, build_reducer, default_reduction_layers
@@ -66,15 +67,15 @@ def build_benchmark_reducer(
     return build_reducer(reduction, keep_rate, setting, options)
 
 
-def build_step(
+def build_engine(
     setting: Setting,
-    crops: list[torch.Tensor],
     keep_rate: float,
     clip_grad: float | None = None,
     reduction: str = "simprune",
     options: dict[str, Any] | None = None,
-) -> Callable[[], float]:
-    """A whole training step: dense at keep rate 1, with `reduction` below. Returns the loss of the step."""
+    sharding: Sharding | None = None,
+) -> DinoEngine:
+    """Model, optimiser and objective: dense at keep rate 1, with `reduction` below."""
     if setting.device.type == "cpu":
         keep_freed_memory()  # as a run does
     torch.manual_seed(setting.seed)
@@ -89,7 +90,20 @@ def build_step(
         branch.backbone.set_attn_implementation(default_attention(setting.device.type, setting.bf16))
     reducer = build_benchmark_reducer(student.backbone.config, keep_rate, reduction, options)
     accelerator = Accelerator(cpu=setting.device.type == "cpu", mixed_precision="bf16" if setting.bf16 else "no")
-    engine = DinoEngine(DualBranch(student, teacher, reducer), accelerator, clip_grad=clip_grad)
+    dual = DualBranch(student, teacher, reducer)
+    return DinoEngine(dual, accelerator, clip_grad=clip_grad, sharding=sharding)
+
+
+def build_step(
+    setting: Setting,
+    crops: list[torch.Tensor],
+    keep_rate: float,
+    clip_grad: float | None = None,
+    reduction: str = "simprune",
+    options: dict[str, Any] | None = None,
+) -> Callable[[], float]:
+    """A whole training step. Returns its loss."""
+    engine = build_engine(setting, keep_rate, clip_grad, reduction, options)
 
     def step() -> float:
         local = torch.cat(crops[2:]) if len(crops) > 2 else None

@@ -57,9 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _stop(f"error: {error}", 2)
     except TrainingError as error:
         from hf_simprune.dino.data import BadImageError
+        from hf_simprune.dino.processes import LostProcessError
 
-        # only the process that met the image knows of it
-        return _stop(f"error: {error}", 1, every_process=isinstance(error, BadImageError))
+        # only the process that met the image knows of it, and the process that would speak may be the lost one
+        return _stop(f"error: {error}", 1, every_process=isinstance(error, BadImageError | LostProcessError))
     except TrainingInterrupted as error:
         return _stop(str(error), 130)
     except KeyboardInterrupt:

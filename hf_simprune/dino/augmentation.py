@@ -21,8 +21,8 @@ BLUR_SIGMA = (0.1, 2.0)
 
 _LOG_RATIO = (float(np.log(3 / 4)), float(np.log(4 / 3)))
 _CROP_TRIES = 10
-# Last word of the Philox counter: keeps the streams of crops, of the epoch's order and of masks apart.
-_CROPS_DOMAIN, _ORDER_DOMAIN, MASKS_DOMAIN = 0, 1, 2
+# Last word of the Philox counter: keeps the streams of crops, of the epoch's order, of masks and of `draw` apart.
+_CROPS_DOMAIN, _ORDER_DOMAIN, MASKS_DOMAIN, DRAW_DOMAIN = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)

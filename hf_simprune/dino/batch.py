@@ -43,21 +43,23 @@ class Batch:
 
     `global_crops` uint8 (2, B, 3, H, W); `local_crops` uint8 (L, B, 3, h, w) or None; `parameters` with rows (V, B);
     `indices` (B,) int64: the examples' keys; `bad_indices`: keys of unreadable images in it that were replaced;
-    `masks` bool (2, B, N): patches of the global crops that the student does not see, or None.
+    `masks` bool (2, B, N): patches of the global crops that the student does not see, or None; `draws` (B,) int64: a
+    random number of each example, a function of seed, epoch and key like its crops, or None.
     """
 
     global_crops: Tensor
     local_crops: Tensor | None
     parameters: ViewParameters
     indices: Tensor
-    bad_indices: tuple[int, ...]
+    bad_indices: tuple[int | str, ...]
     masks: Tensor | None = None
+    draws: Tensor | None = None
 
     def __len__(self) -> int:
         return self.global_crops.shape[1]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch with its crops and masks on `device`."""
+        """The same batch with its crops, masks and draws on `device`."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
@@ -65,7 +67,7 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        names = ("global_crops", "local_crops", "masks")
+        names = ("global_crops", "local_crops", "masks", "draws")
         tensors = {name: tensor for name in names if (tensor := vars(self)[name]) is not None}
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
@@ -79,6 +81,9 @@ def collate(examples: Sequence[dict[str, Any]]) -> Batch:
     masks = None
     if examples[0].get("masks") is not None:
         masks = torch.stack([example["masks"] for example in examples], dim=1)
+    draws = None
+    if examples[0].get("draw") is not None:
+        draws = torch.tensor([example["draw"] for example in examples], dtype=torch.int64)
     return Batch(
         global_crops=torch.stack([example["global_crops"] for example in examples], dim=1),
         local_crops=local,
@@ -86,4 +91,5 @@ def collate(examples: Sequence[dict[str, Any]]) -> Batch:
         indices=torch.tensor([example["index"] for example in examples], dtype=torch.int64),
         bad_indices=tuple(index for example in examples for index in example["bad_indices"]),
         masks=masks,
+        draws=draws,
     )

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From options to networks: student and teacher, the image processor, the augmentation."""
 
+import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ..errors import InputError
 from ..evaluation.features import build_image_processor
@@ -18,6 +20,7 @@ from ..models import (
     SimPruneViTModel,
 )
 from ..models.architectures import build_backbone
+from ..models.untrusted import reading
 from .arguments import DinoArguments
 from .augmentation import AugmentationConfig
 from .branch_passes import Backbone
@@ -60,13 +63,22 @@ def normalisation(args: DinoArguments) -> Normalisation:
     name = args.model_name_or_path
     if name is None:
         return IMAGENET
-    try:
-        processor = AutoImageProcessor.from_pretrained(
-            name, revision=args.model_revision, token=args.token, backend="pil"
+    where = f"--model_name_or_path {name}: its image processor cannot be used"
+    with reading(where):
+        try:
+            processor = AutoImageProcessor.from_pretrained(
+                name, revision=args.model_revision, token=args.token, backend="pil", trust_remote_code=False
+            )
+        except OSError:
+            if (Path(name) / IMAGE_PROCESSOR_NAME).exists():  # it is there and no JSON
+                raise
+            return replace(IMAGENET, source=f"{IMAGENET.source}, as {name} has no image processor")
+        mean, std = tuple(map(float, processor.image_mean)), tuple(map(float, processor.image_std))
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+        raise InputError(
+            f"{where}: image_mean {mean} and image_std {std} must be three numbers each, the latter above 0"
         )
-    except OSError:
-        return replace(IMAGENET, source=f"{IMAGENET.source}, as {name} has no image processor")
-    return Normalisation(tuple(processor.image_mean), tuple(processor.image_std), f"that of {name}")
+    return Normalisation(mean, std, f"that of {name}")
 
 
 def image_processor(settings: ResolvedSettings, norm: Normalisation) -> BaseImageProcessor:
@@ -191,7 +203,7 @@ def _backbone(args: DinoArguments, settings: ResolvedSettings, drop_path_rate: f
         )
     hub = {"revision": args.model_revision, "token": args.token}
     model_class = _MODELS.get(_model_type(args, hub), SimPruneViTModel)
-    try:
+    with reading(f"--model_name_or_path {args.model_name_or_path}"):
         model = model_class.from_pretrained(
             args.model_name_or_path,
             add_pooling_layer=False,
@@ -199,8 +211,6 @@ def _backbone(args: DinoArguments, settings: ResolvedSettings, drop_path_rate: f
             dtype=torch.float32,
             **{key: value for key, value in hub.items() if value is not None},
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"--model_name_or_path {args.model_name_or_path}: {' '.join(str(error).split())}") from None
     if model.config.image_size != settings.image_size:
         raise InputError(
             f"--image_size {settings.image_size}: {args.model_name_or_path} was made for {model.config.image_size} "

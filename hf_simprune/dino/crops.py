@@ -5,17 +5,15 @@ Crops are resampled by torch's antialiased bicubic kernel for uint8, which is fa
 `PIL.Image.crop(box).resize(size, BICUBIC)` and agrees with it within two levels of 255.
 """
 
-import io
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from ..data.decoding import load_pixels, oriented_size
-from .augmentation import GLOBAL_VIEWS, MASKS_DOMAIN, AugmentationConfig, philox, sample_parameters
+from ..data.decoding import load_pixels, open_image, oriented_size
+from .augmentation import DRAW_DOMAIN, GLOBAL_VIEWS, MASKS_DOMAIN, AugmentationConfig, philox, sample_parameters
 from .dinov2.masking import BlockMasking, draw_masks
 
 
@@ -50,14 +48,14 @@ def make_views(image: bytes | Tensor, cfg: AugmentationConfig, seed: int, epoch:
     """All crops of one image and the parameters of their photometric part.
 
     `image` is encoded bytes or decoded pixels uint8 (H, W, 3). Returns `sample_parameters` of (seed, epoch, key)
-    without its boxes, `global_crops` uint8 (2, 3, H, W), `local_crops` uint8 (L, 3, h, w) or None and `masks` bool
-    (2, N) or None. Raises one of DECODING_ERRORS when the bytes cannot be read.
+    without its boxes, `global_crops` uint8 (2, 3, H, W), `local_crops` uint8 (L, 3, h, w) or None, `masks` bool
+    (2, N) or None and `draw`, a random number of 63 bits. Raises one of DECODING_ERRORS when the bytes cannot be read.
     """
     if isinstance(image, Tensor):
         parameters = sample_parameters(cfg, seed, epoch, key, image.shape[1], image.shape[0])
         boxes, pixels = parameters.pop("boxes"), image
     else:
-        opened = Image.open(io.BytesIO(image))
+        opened = open_image(image)
         width, height, orientation = oriented_size(opened)
         parameters = sample_parameters(cfg, seed, epoch, key, width, height)
         boxes = parameters.pop("boxes")
@@ -75,6 +73,7 @@ def make_views(image: bytes | Tensor, cfg: AugmentationConfig, seed: int, epoch:
         "global_crops": cut_crops(pixels, boxes[:GLOBAL_VIEWS], cfg.global_crop_size),
         "local_crops": local,
         "masks": None if cfg.masking is None else _masks(cfg.masking, seed, epoch, key),
+        "draw": int(philox(seed, epoch, key, DRAW_DOMAIN).integers(2**63)),
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..reduction.base import BranchReducer, TokenReducer
 from ..reduction.token_maps import TokenMap
 from .branch_passes import Backbone, PairStage, grid_of, walk_alone, walk_in_lockstep, walk_local
+from .sharding import own_parts
 
 
 class Branch(nn.Module):
@@ -84,12 +85,15 @@ class DualBranch(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(self, global_crops: Tensor, local_crops: Tensor | None, progress: Tensor) -> DualOutput:
+    def forward(
+        self, global_crops: Tensor, local_crops: Tensor | None, progress: Tensor, draws: Tensor | None = None
+    ) -> DualOutput:
         """Both branches on the global crops (2B, C, H, W), then the student on the local ones (L·B, C, h, w).
 
         `progress`, 0-dim, is the position in the curriculum, in [0, 1]; a tensor, so that nothing recompiles.
+        `draws` (B,) int64, as in `Views`.
         """
-        self.start_pass(global_crops)
+        self.start_pass(global_crops, draws)
         run = self._each_alone if isinstance(self.reducer, BranchReducer) else self._in_lockstep
         found = run(global_crops, local_crops, progress)
         student_cls = [self.student.backbone.layernorm(found.student[:, 0])]
@@ -101,9 +105,10 @@ class DualBranch(nn.Module):
         student_logits = self.student.head(torch.cat(student_cls))
         return DualOutput(student_logits, teacher_logits, teacher_cls, found.maps, self.auxiliary_loss())
 
-    def start_pass(self, global_crops: Tensor) -> None:
+    def start_pass(self, global_crops: Tensor, draws: Tensor | None = None) -> None:
         """Tell the reducer that a pass begins."""
         if self.reducer is not None:
+            self.reducer.draws = draws
             if self.training:
                 self.reducer.before_pass(global_crops, self)
             self.reducer.take_auxiliary_loss()  # what activations computed again in the backward pass left behind
@@ -167,5 +172,6 @@ class DualBranch(nn.Module):
 @torch.no_grad()
 def update_teacher(model: DualBranch, momentum: float) -> None:
     """Exponential moving average of all parameters: teacher ← m·teacher + (1 − m)·student."""
-    teacher = list(model.teacher.parameters())
-    torch._foreach_lerp_(teacher, list(model.student.parameters()), 1 - momentum)
+    # sharded alike, the parts that this process keeps correspond
+    teacher, student = (own_parts(branch.parameters()) for branch in (model.teacher, model.student))
+    torch._foreach_lerp_(teacher, student, 1 - momentum)

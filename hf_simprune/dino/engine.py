@@ -2,19 +2,23 @@
 """One optimiser step, from crops to updated student, teacher and centres."""
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
+from ..reduction.base import TokenReducer
 from .dual_branch import DualBranch, update_teacher
 from .loss import effective_rank, feature_std
 from .objective import CENTER, DinoObjective, Objective, Views
 from .optimizer import build_optimizer, clip_each_parameter, clip_global_norm, drop_last_layer_gradients
 from .schedules import StepValues
+from .sharding import PlainCopy, Sharding, shard_branches
 
 
 class NonFiniteLossError(RuntimeError):
@@ -59,6 +63,11 @@ class DinoEngine:
         objective: the loss; DINO's with its published values when `None`.
         max_grad_norm: global-norm clipping, or `None`.
         clip_grad: DINO's clipping of each parameter by itself, or `None`.
+        sharding: deal the parameters out over processes; `None` gives every process all of them.
+
+    Attributes:
+        dual: the networks that are trained. networks: those for use outside of a step, the same ones or, of sharded
+            ones, a copy that is empty but within `whole_networks` and `whole_teacher`.
     """
 
     def __init__(
@@ -68,14 +77,23 @@ class DinoEngine:
         objective: Objective | None = None,
         max_grad_norm: float | None = 3.0,
         clip_grad: float | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.objective = objective if objective is not None else DinoObjective()
         self.max_grad_norm = max_grad_norm
         self.clip_grad = clip_grad
-        self.dual = model.to(accelerator.device)
-        optimizer = build_optimizer(self.dual.student)
-        self.model, self.optimizer = accelerator.prepare(self.dual, optimizer)
+        self.dual = self.networks = model
+        self._plain: PlainCopy | None = None
+        if sharding is None:
+            optimizer = build_optimizer(model.to(accelerator.device).student)
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        else:
+            # not by accelerate: it would shard by class name, and cast the position in the curriculum
+            self._plain = PlainCopy(model)
+            self.networks = self._plain.networks
+            shard_branches(model, sharding, accelerator.device)
+            self.model, self.optimizer = model, AcceleratedOptimizer(build_optimizer(model.student), False)
         self.model.train()
         parameter = next(self.dual.parameters())
         # the centre follows a double-precision model, and is never coarser than fp32
@@ -92,10 +110,36 @@ class DinoEngine:
         """DINO's centre, (K,)."""
         return self.objective.state[CENTER]
 
+    @property
+    def sharded(self) -> bool:
+        return self._plain is not None
+
+    def whole_networks(self) -> AbstractContextManager[None]:
+        """Within it the main process can use `networks`, of sharded ones on the CPU. Enter it in all processes."""
+        if self._plain is None:
+            return nullcontext()
+        return self._plain.filled("", self.dual, "cpu", everywhere=False)
+
+    def whole_teacher(self) -> AbstractContextManager[None]:
+        """Within it every process can use `networks.teacher`, on its device. Enter it in all processes."""
+        if self._plain is None:
+            return nullcontext()
+        return self._plain.filled("teacher", self.dual, self.accelerator.device, everywhere=True)
+
+    def networks_from(self, read: Callable[[str], Mapping[str, Tensor]]) -> AbstractContextManager[None]:
+        """Within it this process alone can use `networks`; of sharded ones `read` gives the tensors of a branch."""
+        return nullcontext() if self._plain is None else self._plain.filled_with(read("student"), read("teacher"))
+
     def before_step(self, step: int, steps_per_epoch: int | None, micro_batches: Sequence[Views]) -> None:
         """Let the token reduction measure what it needs now and then; in every process, before each `step`."""
-        if self.dual.reducer is not None:
-            self.dual.reducer.before_step(step, steps_per_epoch, micro_batches, self.dual)
+        reducer, dual = self.dual.reducer, self.dual
+        if reducer is None or type(reducer).before_step is TokenReducer.before_step:
+            return
+        if self.sharded:  # a method may pass through the teacher by itself, block by block
+            teacher = SimpleNamespace(backbone=self.networks.teacher.backbone, reduction=dual.teacher.reduction)
+            dual = SimpleNamespace(student=dual.student, teacher=teacher)
+        with self.whole_teacher():
+            reducer.before_step(step, steps_per_epoch, micro_batches, dual)
 
     def step(self, micro_batches: Sequence[Views], values: StepValues, diagnostics: bool = False) -> StepResult:
         """One optimiser step over `micro_batches` of equal size.
@@ -111,9 +155,11 @@ class DinoEngine:
         totals = torch.zeros(2 + len(objective.part_names), device=self.accelerator.device, dtype=self.dtype)
         for index, views in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            # sharded gradients are summed up as parts, which takes a reduction a micro-batch and no memory
+            with nullcontext() if last or self.sharded else self.accelerator.no_sync(self.model):
                 crops = (views.global_crops, views.local_crops, progress)
-                output = self.model(*crops, **objective.inputs(views))
+                with self.accelerator.autocast() if self.sharded else nullcontext():  # else in the wrapper
+                    output = self.model(*crops, draws=views.draws, **objective.inputs(views))
                 found = objective.loss(output, values)
                 whole = found.loss if output.auxiliary_loss is None else found.loss + output.auxiliary_loss
                 self.accelerator.backward(whole / len(micro_batches))

@@ -192,16 +192,14 @@ def _checkpoint(args: DinoArguments) -> Network:
     from transformers import AutoConfig
 
     from .. import models  # noqa: F401  registers the model types
+    from ..models.untrusted import check_config, reading
 
     name = args.model_name_or_path
-    try:
+    with reading(f"--model_name_or_path {name}: no model there"):
+        check_config(name, revision=args.model_revision, token=args.token)
         config = AutoConfig.from_pretrained(
             name, revision=args.model_revision, token=args.token, trust_remote_code=args.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--model_name_or_path {name}: no model there: {str(error).strip().splitlines()[0]}"
-        ) from None
     if config.model_type not in MODEL_TYPES:
         raise InputError(
             f"--model_name_or_path {name}: a {config.model_type} model; DINO starts from {', '.join(MODEL_TYPES)}"

@@ -23,13 +23,15 @@ class Views(NamedTuple):
     """Normalised crops of one micro-batch: global (2B, C, H, W) view-major; local (L·B, C, h, w) or `None`.
 
     `bad_indices` are the examples that could not be read and were replaced. `masks` bool (2B, N): the patches of the
-    global crops that the student does not see, `None` where nothing is masked.
+    global crops that the student does not see, `None` where nothing is masked. `draws` (B,) int64: a random number of
+    each example, the same in whatever process and batch it is, `None` where examples have none.
     """
 
     global_crops: Tensor
     local_crops: Tensor | None
-    bad_indices: tuple[int, ...] = ()
+    bad_indices: tuple[int | str, ...] = ()
     masks: Tensor | None = None
+    draws: Tensor | None = None
 
 
 class PassLoss(NamedTuple):

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW as DINO configures it: parameter groups and gradient clipping."""
+"""AdamW as DINO configures it: parameter groups and gradient clipping, for whole parameters and for sharded ones."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+
+from .sharding import own_parts, whole
 
 
 LAST_LAYER = "last_layer."
@@ -41,15 +43,26 @@ def drop_last_layer_gradients(module: nn.Module) -> None:
 def clip_global_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scale all gradients so that their joint L2 norm is at most `max_norm`; returns the norm before clipping."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     if max_norm is not None:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        _scale(own_parts(gradients), (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
 def clip_each_parameter(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """DINO's own clipping: each parameter's gradient to `max_norm` by itself; returns the joint norm before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
-    torch._foreach_mul_(gradients, list((max_norm / (norms + 1e-6)).clamp(max=1.0).unbind()))
+    norms = whole(torch.stack(torch._foreach_norm(gradients)))
+    _scale(own_parts(gradients), (max_norm / (norms + 1e-6)).clamp(max=1.0))
     return torch.linalg.vector_norm(norms)
+
+
+def _scale(tensors: list[Tensor], factors: Tensor) -> None:
+    """Multiply each of n tensors in place by its factor, (n,), or all by one, 0-dim."""
+    if factors.device.type == "cpu":  # to look costs nothing there, and most gradients are left as they are
+        each = factors.expand(len(tensors)).tolist()
+        pairs = [(tensor, factor) for tensor, factor in zip(tensors, each, strict=True) if factor != 1]
+        if pairs:
+            torch._foreach_mul_(*map(list, zip(*pairs)))
+    else:
+        torch._foreach_mul_(tensors, list(factors.unbind()) if factors.ndim else factors)

@@ -42,11 +42,14 @@ class TokenReducer(ABC):
 
     merges: tokens go on that stand for several patches and have no position, so that no loss on single patches works.
     counts_epochs: it does something every few epochs, and so needs data of known length.
+    draws: (B,) int64, a random number of each image of the pass under way, for what is drawn by chance: so it depends
+    on no batch and no process. None where images have none; torch's default generator serves then.
     """
 
     name: ClassVar[str]
     merges: ClassVar[bool] = False
     counts_epochs: ClassVar[bool] = False
+    draws: Tensor | None = None
 
     def __init__(self, keep_rate: float, setting: ReductionSetting = ReductionSetting()) -> None:
         """Raises InputError when `keep_rate` is not in (0, 1]."""

@@ -66,6 +66,12 @@ class FixedViews:
     def __init__(self, micro=1, **views):
         self.micro, self.options = micro, views
 
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state == {}
+
     def batches(self, start):
         step = start
         while True:

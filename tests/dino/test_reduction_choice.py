@@ -222,7 +222,9 @@ class TestWhatWouldDoNothing:
 
     @pytest.mark.parametrize("name", REDUCTIONS)
     def test_a_changed_curriculum_or_matching_is_said_to_do_nothing_where_there_is_none(self, name):
-        notes = describe(resolve(make_arguments(token_reduction=name, curriculum="hard", matching="symmetric"), 640, 1))
+        notes = describe(
+            resolve(make_arguments(token_reduction=name, curriculum="hard", matching="symmetric"), 640, 1)
+        )
         said = [note for note in notes if "without effect" in note]
         assert len(said) == (0 if name.startswith("simprune") else 2)
         unchanged = describe(resolve(make_arguments(token_reduction=name), 640, 1))

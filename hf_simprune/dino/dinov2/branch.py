@@ -77,10 +77,15 @@ class Dinov2DualBranch(DualBranch):
         self.masked_policy = masked_policy
 
     def forward(
-        self, global_crops: Tensor, local_crops: Tensor | None, progress: Tensor, masks: Tensor | None = None
+        self,
+        global_crops: Tensor,
+        local_crops: Tensor | None,
+        progress: Tensor,
+        masks: Tensor | None = None,
+        draws: Tensor | None = None,
     ) -> Dinov2Output:
         """As `DualBranch.forward`; `masks` bool (2B, N) are of the student's global views, `None` masks nothing."""
-        self.start_pass(global_crops)
+        self.start_pass(global_crops, draws)
         if masks is None:
             rows, columns = grid_of(self.student.backbone, global_crops)
             masks = torch.zeros(len(global_crops), rows * columns, dtype=torch.bool, device=global_crops.device)

@@ -7,6 +7,7 @@ M masked patch tokens, K prototypes, V student views, B images.
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from ..loss import TeacherTargets
@@ -19,15 +20,18 @@ KOLEO_EPS = 1e-8
 def koleo_loss(features: Tensor) -> Tensor:
     """Kozachenko-Leonenko estimate of negative entropy (arXiv:1806.03198): mean of -log distance to the nearest other.
 
-    `features` (B, D), B of at least 2, are L2-normalised first; the nearest other row is that of the largest cosine,
-    found without gradient. In at least fp32, autocast off.
+    `features` (B, D), B of at least 2, are L2-normalised first; the nearest other row, among those of all ranks, is
+    that of the largest cosine, found without gradient. Each rank passes as many rows and gets the mean over its own;
+    the neighbours' gradients come back to their ranks. In at least fp32, autocast off.
     """
     with torch.autocast(features.device.type, enabled=False):
         unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1, eps=KOLEO_EPS)
+        everyone, first = (_RowsOfAllRanks.apply(unit), dist.get_rank() * len(unit)) if _several_ranks() else (unit, 0)
         with torch.no_grad():
-            cosines = (unit @ unit.t()).fill_diagonal_(-2)
+            cosines = unit @ everyone.t()
+            cosines.diagonal(first).fill_(-2)  # not itself
             nearest = cosines.argmax(dim=1)
-        distance = F.pairwise_distance(unit, unit.index_select(0, nearest), eps=KOLEO_EPS)
+        distance = F.pairwise_distance(unit, everyone.index_select(0, nearest), eps=KOLEO_EPS)
         return -(distance + KOLEO_EPS).log().mean()
 
 
@@ -66,6 +70,24 @@ def sinkhorn_targets(logits: Tensor, temperature: float, iterations: int = SINKH
     # 0 · -inf would be NaN where a prototype got nothing at all
     entropy = torch.special.entr(probabilities).sum(dim=1)
     return TeacherTargets(probabilities, entropy.mean() if len(entropy) else entropy.sum())
+
+
+class _RowsOfAllRanks(torch.autograd.Function):
+    """(B, D) of every rank, one below the other; a rank's rows get the sum of the gradients from all ranks."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
+        ctx.count = len(rows)
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous()
+        dist.all_reduce(total)
+        return total[dist.get_rank() * ctx.count :][: ctx.count]
 
 
 def _logsumexp_of_all_rows(scores: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class Dinov2Objective(Objective):
 
     The teacher's logits are centred by Sinkhorn-Knopp over the rows of a micro-batch of all ranks (`centering`
     "sinkhorn_knopp", no state), or by moving averages, one for CLS and one for masked patches ("centering").
-    KoLeo looks for neighbours among the images of one micro-batch of one rank, as published.
+    KoLeo looks for neighbours among the images of one micro-batch of all ranks; as published, it is of one rank.
     """
 
     part_names = ("dino_loss", "ibot_loss", "koleo_loss", "masked_tokens", "masked_tokens_kept")

@@ -15,7 +15,7 @@ from .tiny_dinov2 import masked_views, tiny_dinov2, tiny_dinov2_engine
 
 
 def objective(centering):
-    return Dinov2Objective(centering=centering, koleo_weight=0.0)  # neighbours are looked for on each rank
+    return Dinov2Objective(centering=centering)
 
 
 def share(views: Views, rank: int) -> Views:
