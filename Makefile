@@ -1,8 +1,9 @@
-# make demo      train the embedded example and check what it learned
-# make test      run the tests, offline
-# make quality   ruff check and format check
-# make style     let ruff mend what it can
-# make families  write anew what the DeiT and DINOv2 model files share with the ViT ones
+# make demo         train the embedded example and check what it learned
+# make test         run the tests, offline, without the long fault tests
+# make test-faults  kill, starve and mislead runs in every way we know, and count the trials
+# make quality      ruff check and format check
+# make style        let ruff mend what it can
+# make families     write anew what the DeiT and DINOv2 model files share with the ViT ones
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := test
-.PHONY: demo test quality style families
+.PHONY: demo test test-faults quality style families
 
 # torch goes first and alone: solved together with the rest, a looser request could fetch a second, far larger build.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -23,7 +24,10 @@ demo: $(INSTALLED)
 	$(BIN)/python recipes/demo.py
 
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not faults"
+
+test-faults: $(INSTALLED)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -186,6 +186,7 @@ class OptimizationArguments:
     seed: int = option(42, "Fixes initialisation, order and every crop.")
     bf16: bool = option(False, "bfloat16 autocast.")
     fp16: bool = option(False, "float16 autocast with loss scaling; not on the CPU.")
+    ddp_timeout: int = option(1800, "Seconds that a process waits for the others before the run ends with an error.")
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 CACHE_LIMIT_BYTES = 256 * 2**20
 MAX_BAD_IN_A_ROW = 100
+MAX_LISTED = 20
 
 
 class BadImageError(TrainingError):
@@ -169,3 +170,11 @@ def bad_image_error(index: int, cause: Exception) -> BadImageError:
 def too_many_bad_images(index: int) -> BadImageError:
     """What ends a run in which nothing readable follows."""
     return BadImageError(f"{MAX_BAD_IN_A_ROW} images in a row cannot be read, beginning with image {index}")
+
+
+def listed_images(indices: Collection[int]) -> str:
+    """How many there are and the numbers of the first of them, in words."""
+    numbers = sorted(indices)
+    shown = ", ".join(map(str, numbers[:MAX_LISTED]))
+    more = f" and {len(numbers) - MAX_LISTED} more, see training/run.json" if len(numbers) > MAX_LISTED else ""
+    return f"{len(numbers)} ({shown}{more})"

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ctrl-C and SIGTERM end a run between two steps, never inside one."""
 
+import os
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -39,3 +41,26 @@ class Interrupts:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def outlive_interrupts(worker: int) -> None:
+    """For a loader's worker. Ctrl-C, and a scheduler's SIGTERM, reach the whole process group; the training process
+    decides, and its workers go on until it stops them. A second SIGTERM that is no copy of the first acts at once.
+
+    Handlers cannot tell who sent a signal, and two of the same kind may arrive as one, so a thread waits for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_on_demand, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_on_demand(parent: int) -> None:
+    first = None
+    while True:
+        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+        first = first if first is not None else time.monotonic()
+        if sender == parent or time.monotonic() - first > SAME_SIGNAL_SECONDS:
+            os._exit(128 + signal.SIGTERM)

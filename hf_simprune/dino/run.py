@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
+from ..atomic import STORAGE_ERRORS, reason, write_text
 from ..errors import InputError, TrainingError
 from ..hub.facts import hardware, versions
 from ..hub.publish import UploadError, create_repo_early, upload_run
 from ..reduction import window_offset
+from .allocator import keep_freed_memory
 from .arguments import DinoArguments
 from .build import (
     attention_implementation,
@@ -28,20 +31,28 @@ from .build import (
     image_processor,
     normalisation,
 )
-from .checkpoint import set_aside_later
-from .engine import DinoEngine
-from .export import TRAINING, export_model, save_initial, write_json
-from .output_folder import RUN_FILE, check_output_dir, clear_previous_run
+from .checkpoint import saved_networks, set_aside_later
+from .data import listed_images
+from .dual_branch import DualBranch
+from .engine import DinoEngine, Views
+from .export import TRAINING, export_model, result_folder, save_initial, write_json
+from .main_process import on_main
+from .output_folder import RUN_FILE, check_output_dir, clear_previous_run, tidy_up
+from .processes import raise_if_lost
 from .report import draw_pictures, write_card
 from .resolve import ResolvedSettings, describe, resolve
 from .run_data import open_data
+from .runlog import read_metrics
 from .schedules import StepValues
+from .sharding import chosen_sharding
 from .snapshots import PruningSnapshots, moment_steps
+from .tracking import end_trackers, start_trackers
 from .trainer import DinoTrainer, LoopSettings
 from .validation import check_precision, hub_model_id, tracker_names, validate
 
 
 SNAPSHOTS = f"{TRAINING}/pruned_tokens.safetensors"
+TRACKERS = f"{TRAINING}/trackers.json"
 # What makes a run the run it is; what else may differ on resume is where it runs, what it logs and how often it saves.
 UNCHANGED_ON_RESUME = frozenset(
     (
@@ -70,6 +81,8 @@ def run_training(args: DinoArguments) -> None:
     output_dir = Path(args.output_dir)
     check_output_dir(args)
     accelerator = build_accelerator(args)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     repo_id = _create_repo(args, accelerator)
     data = open_data(args)
     settings = resolve(args, data.num_images, accelerator.num_processes)
@@ -82,22 +95,43 @@ def run_training(args: DinoArguments) -> None:
         say(line)
 
     def publish_step(step: int) -> None:
-        export_model(output_dir, model, processor)
         try:
+            with saved_networks(output_dir / f"checkpoint-{step}", engine), result_folder(output_dir) as folder:
+                export_model(folder, model, processor)
             upload_run(output_dir, repo_id, f"step {step}", args.token)
         except UploadError as error:  # the Hub being away for a moment is no reason to stop training
             say(f"warning: step {step} was not published: {error}")
+        except STORAGE_ERRORS as error:
+            say(f"warning: step {step} was not published: the model could not be written ({reason(error)})")
 
-    engine = DinoEngine(model, accelerator, build_objective(args), settings.max_grad_norm, settings.clip_grad)
+    objective, sharding = build_objective(args), chosen_sharding(accelerator)
+    engine = DinoEngine(model, accelerator, objective, settings.max_grad_norm, settings.clip_grad, sharding)
+    model = engine.networks
     schedules = build_schedules(args, settings)
     snapshots = PruningSnapshots(output_dir / SNAPSHOTS, model, settings.total_steps)
+
+    def take_snapshot(step: int, views: Views, values: StepValues) -> None:
+        with engine.whole_networks():
+            if not accelerator.is_main_process:
+                return
+            try:
+                snapshots(step, views, values)
+            except STORAGE_ERRORS as error:
+                say(f"warning: the pruned tokens of step {step} will not be drawn: {reason(error)}")
+
+    knn = data.online_knn(model.teacher.backbone, processor, accelerator)
+
+    def evaluate(step: int) -> dict[str, float]:
+        with engine.whole_teacher():
+            return knn(step)
+
     trainer = DinoTrainer(
         engine,
         schedules,
         data.source(augmentation(args, settings, norm), accelerator),
         loop_settings(args, settings, output_dir, accelerator.mixed_precision),
-        evaluate=data.online_knn(model.teacher.backbone, processor, accelerator),
-        snapshot=snapshots if accelerator.is_main_process and settings.reduction_layers else None,
+        evaluate=None if knn is None else evaluate,
+        snapshot=take_snapshot if settings.reduction_layers else None,
         snapshot_steps=frozenset(moment_steps(settings.total_steps)),
         describe_window=window_description(args, settings),
         after_save=publish_step if repo_id is not None and args.hub_strategy == "every_save" else None,
@@ -105,33 +139,44 @@ def run_training(args: DinoArguments) -> None:
     if args.resume_from_checkpoint is not None:
         say(f"resumed from {trainer.resume(args.resume_from_checkpoint)} at step {trainer.step}")
 
-    accelerator.wait_for_everyone()  # every rank has checked the folder, and nothing is refused any more
-    if accelerator.is_main_process:
-        for path in set_aside_later(output_dir, trainer.step) if args.resume_from_checkpoint is not None else ():
-            say(f"set aside {path}: this run goes on from step {trainer.step}")
-        _prepare_folder(args, settings, output_dir)
-        if args.resume_from_checkpoint is None:
-            save_initial(output_dir, model)
-    accelerator.wait_for_everyone()
-    if accelerator.log_with:
-        accelerator.init_trackers("hf-simprune", _tracker_config(args), _tracker_options(args))
+    # every rank has checked the folder, and nothing is refused any more
+    with engine.whole_networks():
+        moved = on_main(accelerator, lambda: _prepare_folder(args, settings, output_dir, model, trainer.step))
+    for path in moved:
+        say(f"set aside {path}: this run goes on from step {trainer.step}")
+    start_trackers(
+        accelerator, output_dir / TRACKERS, _tracker_config(args), args.run_name, output_dir.resolve().name,
+        trainer.step,
+    )  # fmt: skip
 
-    try:
-        trainer.train()
-
-        if accelerator.is_main_process:
-            export_model(output_dir, model, processor)
-            draw_pictures(output_dir, output_dir / SNAPSHOTS, settings, norm)
+    def write_result() -> None:
+        with result_folder(output_dir) as folder:
+            export_model(folder, model, processor)
+            records = read_metrics(output_dir / "metrics.jsonl")
+            draw_pictures(records, folder, output_dir / SNAPSHOTS, settings, norm)
             model_class = model.teacher.backbone._stock_class.__name__
             seen = settings.total_steps * settings.global_batch
             precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
             about = {"processes": accelerator.num_processes, "precision": precision}
-            write_card(output_dir, args, settings, model_class, seen, about, data.evaluated_on, repo_id)
-            _update_run_file(output_dir, finished=True, step=trainer.step, bad_images=sorted(trainer.bad_indices))
+            if trainer.bad_indices:
+                about["unreadable images"] = listed_images(trainer.bad_indices)
+            write_card(records, folder, args, settings, model_class, seen, about, data.evaluated_on, repo_id)
+        _update_run_file(output_dir, finished=True, step=trainer.step, bad_images=sorted(trainer.bad_indices))
+
+    try:
+        trainer.train()
+        with engine.whole_networks():
+            on_main(accelerator, lambda: _complete(write_result, output_dir, trainer.step))
+        if accelerator.is_main_process:
+            if trainer.bad_indices:
+                say(f"images that could not be read and were replaced: {listed_images(trainer.bad_indices)}")
             say(f"done in {time.time() - started:.0f} s: {output_dir} holds the model, its card and pictures")
             if repo_id is not None:
                 _publish(output_dir, repo_id, args.token)
                 say(f"uploaded to {repo_id}")
+    except RuntimeError as error:
+        raise_if_lost(error, output_dir)
+        raise
     finally:
         _end(accelerator, engine)
 
@@ -142,7 +187,8 @@ def build_accelerator(args: DinoArguments) -> Accelerator:
     Raises:
         InputError: a precision that cannot be had, or processes that would not know of each other.
     """
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    timeout = timedelta(seconds=args.ddp_timeout)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timeout)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != state.num_processes:
         raise InputError(
@@ -203,13 +249,33 @@ def _create_repo(args: DinoArguments, accelerator: Accelerator) -> str | None:
     return create_repo_early(hub_model_id(args), args.hub_private_repo, args.token)
 
 
-def _prepare_folder(args: DinoArguments, settings: ResolvedSettings, output_dir: Path) -> None:
-    if args.overwrite_output_dir:
-        clear_previous_run(output_dir)
+def _prepare_folder(
+    args: DinoArguments, settings: ResolvedSettings, output_dir: Path, model: DualBranch, step: int
+) -> list[Path]:
+    """Make the folder one of a run that goes on from `step`; returns the checkpoints that were set aside."""
+    resumed = args.resume_from_checkpoint is not None
     try:
+        if args.overwrite_output_dir:
+            clear_previous_run(output_dir)
+        tidy_up(output_dir)
+        moved = set_aside_later(output_dir, step) if resumed else []
         _write_run_files(args, settings, output_dir)
-    except OSError as error:
-        raise InputError(f"--output_dir {output_dir}: it cannot be written: {error.strerror}") from None
+        if not resumed:
+            save_initial(output_dir, model)
+    except STORAGE_ERRORS as error:
+        raise InputError(f"--output_dir {output_dir}: it cannot be written: {reason(error)}") from None
+    return moved
+
+
+def _complete(write_result: Callable[[], None], output_dir: Path, step: int) -> None:
+    try:
+        write_result()
+    except STORAGE_ERRORS as error:
+        raise TrainingError(
+            f"the result could not be written to {output_dir} ({reason(error)}); the training is complete and safe in "
+            f"checkpoint-{step}: mend that, then run the same command with --resume_from_checkpoint latest, which "
+            "writes the result only"
+        ) from error
 
 
 def _write_run_files(args: DinoArguments, settings: ResolvedSettings, output_dir: Path) -> None:
@@ -218,7 +284,7 @@ def _write_run_files(args: DinoArguments, settings: ResolvedSettings, output_dir
     # first of all, because it marks the folder as a run's, which --overwrite_output_dir may clear
     write_json(output_dir / RUN_FILE, {"pid": os.getpid(), "finished": False, **about, "settings": resolved})
     plain = {key: value for key, value in asdict(args).items() if key != "token"}
-    (output_dir / TRAINING / "arguments.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    write_text(output_dir / TRAINING / "arguments.yaml", yaml.safe_dump(plain, sort_keys=False))
 
 
 def _end(accelerator: Accelerator, engine: DinoEngine) -> None:
@@ -229,6 +295,9 @@ def _end(accelerator: Accelerator, engine: DinoEngine) -> None:
     """
     engine.model = engine.dual
     accelerator.free_memory()
+    for warning in end_trackers(accelerator.trackers):
+        accelerator.print(warning)
+    accelerator.trackers.clear()
     accelerator.end_training()
 
 
@@ -248,9 +317,3 @@ def _tracker_config(args: DinoArguments) -> dict[str, Any]:
     """Options as trackers accept them: tensorboard takes nothing but plain values."""
     plain = {key: value for key, value in asdict(args).items() if key != "token"}
     return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in plain.items()}
-
-
-def _tracker_options(args: DinoArguments) -> dict[str, dict[str, Any]]:
-    if args.run_name is None:
-        return {}
-    return {"wandb": {"name": args.run_name}, "trackio": {"name": args.run_name}}

@@ -24,7 +24,7 @@ _RANGES: tuple[tuple[str, _Accept, tuple[str, ...]], ...] = (
             "save_total_limit", "logging_steps", "max_train_samples", "max_eval_samples", "image_size", "patch_size",
             "global_crop_size", "local_crop_size", "head_hidden_dim", "head_bottleneck_dim", "teacher_temp",
             "warmup_teacher_temp", "student_temp", "learning_rate", "base_learning_rate", "knn_k", "knn_temperature",
-            "knn_bank_samples",
+            "knn_bank_samples", "ddp_timeout",
         ),
     ),
     (

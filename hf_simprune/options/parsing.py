@@ -172,7 +172,9 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise InputError(f"--config {path}: nested too deeply for lines of `option: value`") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -19,6 +17,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .. import models  # noqa: F401  (makes the Auto classes know this package's models)
 from ..errors import InputError
+from ..models.untrusted import check_config, reading
 
 
 # Auto classes that a checkpoint's architecture asks for; all others are backbones.
@@ -27,7 +26,6 @@ _LOADERS = {
     "ForImageClassificationWithTeacher": AutoModelForImageClassification,
     "CLIPVisionModelWithProjection": CLIPVisionModelWithProjection,
 }
-_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, HFValidationError)
 
 
 @dataclass(frozen=True)
@@ -48,27 +46,27 @@ def load_checkpoint(name_or_path: str, revision: str | None = None, token: str |
     where = f"--model_name_or_path {name_or_path}"
     _check_folder(name_or_path, where)
     hub = {key: value for key, value in {"revision": revision, "token": token}.items() if value is not None}
-    try:
+    hub["trust_remote_code"] = False  # and nobody is asked on the terminal whether to run what is there
+    with reading(f"{where}: no model there"):
+        check_config(name_or_path, **hub)
         config = AutoConfig.from_pretrained(name_or_path, **hub)
-    except _ERRORS as error:
-        raise InputError(f"{where}: no model there: {_short(error)}") from None
-    loader = loader_of((config.architectures or [""])[0])
-    try:
-        model, info = loader.from_pretrained(name_or_path, dtype="auto", output_loading_info=True, **hub)
+        loader = loader_of((config.architectures or [""])[0])
+    with reading(f"{where}: it cannot be loaded"):
+        model, info = loader.from_pretrained(
+            name_or_path, dtype="auto", output_loading_info=True, use_safetensors=True, **hub
+        )
         missing = sorted(info["missing_keys"])
         if missing and all("pooler." in key for key in missing):
             # a pooler that no one trained would be drawn at random
-            model = loader.from_pretrained(name_or_path, dtype="auto", add_pooling_layer=False, **hub)
+            model = loader.from_pretrained(
+                name_or_path, dtype="auto", add_pooling_layer=False, use_safetensors=True, **hub
+            )
             missing = []
-    except (*_ERRORS, TypeError) as error:
-        raise InputError(f"{where}: it cannot be loaded: {_short(error)}") from None
     if missing or info["mismatched_keys"]:
         wrong = missing or sorted(str(key) for key in info["mismatched_keys"])
         raise InputError(f"{where}: its weights do not fit its configuration, for example {wrong[0]}")
-    try:
+    with reading(f"{where}: no image processor there"):
         processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **hub)
-    except _ERRORS as error:
-        raise InputError(f"{where}: no image processor there: {_short(error)}") from None
     return Checkpoint(model.eval(), processor, loader)
 
 
@@ -88,9 +86,3 @@ def _check_folder(name: str, where: str) -> None:
         raise InputError(f"{where}: that folder holds no config.json, so it is no saved model")
     if not path.exists() and (path.is_absolute() or name.startswith(("~", ".")) or len(path.parts) > 2):
         raise InputError(f"{where}: there is no such folder")
-
-
-def _short(error: Exception) -> str:
-    """The first sentence of an error of the libraries, which like to add paragraphs."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200].rsplit(" ", 1)[0] + " …"

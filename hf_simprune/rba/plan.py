@@ -14,6 +14,7 @@ SPAN_MAPS = ("fold", "linear", "identity", "low_rank", "mlp", "res_mlp")
 HALF_MAPS = ("linear", "const")
 HALVES = ("attention", "mlp")
 STOCK_MAPS = ("fold", "identity")
+MAX_DEPTH = 10_000
 
 
 @dataclass(frozen=True, order=True)
@@ -103,8 +104,8 @@ class CompressionPlan:
     halves: tuple[Half, ...] = ()
 
     def __post_init__(self) -> None:
-        if not _is_integer(self.depth) or self.depth < 1:
-            raise InputError(f"plan: depth={self.depth!r}: a whole number of 1 or more is needed")
+        if not _is_integer(self.depth) or not 1 <= self.depth <= MAX_DEPTH:
+            raise InputError(f"plan: depth={self.depth!r}: a whole number from 1 to {MAX_DEPTH:,} is needed")
         object.__setattr__(self, "spans", _sorted_items("spans", self.spans, Span))
         object.__setattr__(self, "halves", _sorted_items("halves", self.halves, Half))
         self._check_spans()
@@ -202,6 +203,8 @@ class CompressionPlan:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"plan {str(path)!r} cannot be read ({error.strerror}): give a JSON file") from error
+        except RecursionError as error:
+            raise InputError(f"plan {str(path)!r} is nested too deeply: {error}") from error
         except ValueError as error:
             raise InputError(f"plan {str(path)!r} is not JSON: {error}") from error
         try:

@@ -17,6 +17,11 @@ _MAP_SETTINGS = {
     "block": ("attention", "mlp"),
 }
 _HALVES = ("full", "linear", "const")
+# The most that a configuration may ask for: far beyond any network there is, and refused before anything is built.
+_MOST = {
+    "num_hidden_layers": 1000, "hidden_size": 2**16, "num_attention_heads": 2**12, "intermediate_size": 2**20,
+    "num_channels": 2**12, "image_size": 2**16, "patch_size": 2**16, "num_labels": 2**20,
+}  # fmt: skip
 # What the stock configuration does not have.
 _OWN_FIELDS = (
     "drop_path_rate", "block_maps", "token_reduction", "keep_rate", "reduction_layers", "reduction_options",
@@ -67,6 +72,13 @@ class SimPruneViTConfig(ViTConfig):
     reduction_options: dict[str, Any] | None = None
     restore_tokens: bool = False
 
+    def validate_sizes(self) -> None:
+        _check_sizes({name: getattr(self, name) for name in _MOST})
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
+            )
+
     def validate_drop_path_rate(self) -> None:
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate must be at least 0 and below 1, got {self.drop_path_rate}")
@@ -109,6 +121,7 @@ class SimPruneViTConfig(ViTConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        _check_sizes(values)
         found = values.get("model_type", ViTConfig.model_type)
         if found == ViTConfig.model_type:
             stock = ViTConfig.from_dict(dict(values)).to_dict()
@@ -119,6 +132,16 @@ class SimPruneViTConfig(ViTConfig):
                 f"{ViTConfig.model_type!r} and {cls.model_type!r}"
             )
         return values, kwargs
+
+
+def _check_sizes(values: dict[str, Any]) -> None:
+    """Of a file too, before there is a configuration: that lists every class, and of some networks every block."""
+    for name, most in _MOST.items():
+        found = values.get(name)
+        least = 0 if name == "num_labels" else 1
+        for size in found if isinstance(found, (list, tuple)) else (found,):
+            if isinstance(size, (int, float)) and not least <= size <= most:
+                raise ValueError(f"{name} must be from {least} to {most}, got {str(found)[:20]}")
 
 
 def _map_fault(key: str, spec: dict[str, Any], depth: int, width: int) -> str | None:

@@ -145,10 +145,31 @@ class SimPruneViTPreTrainedModel(ViTPreTrainedModel):
         Returns the model, with `output_loading_info=True` also the dictionary of missing, unexpected and mismatched
         keys. Every weight comes from the checkpoint, except a new classifier, one of another size under
         `ignore_mismatched_sizes=True`, and a pooler the checkpoint does not have: these are initialised and named in
-        a warning. Raises `ValueError` for any other weight that is missing, does not fit or would be left out, and
-        for a checkpoint of another model type.
+        a warning. Raises `ValueError` for any other weight that is missing, does not fit or would be left out, for a
+        checkpoint of another model type, and for files that hold no sound configuration or weights. Weights are read
+        from safetensors; `use_safetensors=False` allows pickled ones.
         """
         name = pretrained_model_name_or_path
+        kwargs.setdefault("use_safetensors", True)
+        try:
+            model, info = cls._load(name, *model_args, config=config, **kwargs)
+        except (OSError, ValueError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the libraries answer unsound files with all kinds of errors
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            if "ignore_mismatched_sizes" in reason or "unexpected keyword argument" in reason:
+                raise  # the caller's to mend, and said as transformers says it
+            raise ValueError(f"{cls.__name__} cannot load {name}: {reason}") from error
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load(
+        cls,
+        name: str | os.PathLike | None,
+        *model_args: Any,
+        config: PreTrainedConfig | str | os.PathLike | None,
+        **kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
         explicit_depth = config is not None or "num_hidden_layers" in kwargs
         model_type = cls.config_class.model_type if name is None else _find_model_type(name, config, hub)
@@ -166,7 +187,7 @@ class SimPruneViTPreTrainedModel(ViTPreTrainedModel):
             model, info = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
         depth = model.config.num_hidden_layers if explicit_depth else None
         _check_loaded(cls.__name__, name, info, cls.base_model_prefix, depth)
-        return (model, info) if output_loading_info else model
+        return model, info
 
     @classmethod
     def _from_stock_checkpoint(

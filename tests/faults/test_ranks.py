@@ -1,0 +1,68 @@
+"""One of two processes is killed: the other ends with an error instead of waiting for ever, and resuming works."""
+
+import os
+import random
+import re
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from .warm_runs import WarmServer, assert_equal_runs, checkpoints, last_lines, wait_until_none_is_left
+
+
+OPTIONS = {"max_steps": 12, "save_steps": 2, "knn_every": 4, "per_device_train_batch_size": 4}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start_two(warm: WarmServer, log: Path, faults: dict | None = None, faulty: int = 1, **options) -> list[int]:
+    """Two processes that know of each other and of no launcher, which would end one when the other is gone."""
+    port = str(free_port())
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        warm.start(
+            log.with_suffix(f".{rank}.log"),
+            faults if rank == faulty else {},
+            {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **{**OPTIONS, **options},
+        )
+        for rank in (0, 1)
+    ]
+
+
+def run_two(warm: WarmServer, log: Path, **options) -> None:
+    statuses = [warm.wait(pid) for pid in start_two(warm, log, **options)]
+    assert statuses == [0, 0], [last_lines(log.with_suffix(f".{rank}.log")) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("victims", [[1], pytest.param([1, 0, 1, 0], marks=pytest.mark.faults)], ids=["one", "four"])
+def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_run_can_go_on(
+    warm, images, victims, tmp_path, trials
+):
+    chance, whole = random.Random(len(victims)), tmp_path / "whole"
+    options = {"dataset_name_or_path": images}
+    run_two(warm, tmp_path / "whole", output_dir=whole, **options)
+    for number, victim in enumerate(victims):
+        folder, log = tmp_path / f"run-{number}", tmp_path / f"run-{number}"
+        # events of the second process are its steps and its part in the k-NN
+        faults = {"kill_at": chance.randrange(4, 20) if victim == 1 else chance.randrange(60, 200)}
+        pids = start_two(warm, log, faults, victim, output_dir=folder, **options)
+        assert warm.wait(pids[victim]) == -signal.SIGKILL
+        status = warm.wait(pids[1 - victim], 120)
+        if status is None:
+            os.killpg(pids[1 - victim], signal.SIGKILL)
+        said = log.with_suffix(f".{1 - victim}.log").read_text()
+        assert status == 1, said[-3000:]
+        (line,) = re.findall("^error: .*$", said, re.M)
+        assert "another process of this run ended" in line and "--resume_from_checkpoint latest" in line
+        for pid in pids:
+            wait_until_none_is_left(pid)
+        assert checkpoints(folder)
+        run_two(warm, log, output_dir=folder, resume_from_checkpoint="latest", **options)
+        assert_equal_runs(whole, folder)
+    trials("one of two processes killed, the other ended, both resumed bit-equal", len(victims))
