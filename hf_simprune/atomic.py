@@ -5,6 +5,7 @@ Everything is written beside its place under a hidden name, brought to the disk,
 leaves behind begins with `.partial-`, `.removed-` or `.replaced-`; `clear_leftovers` tidies it up.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ REMOVED = ".removed-"
 REPLACED = ".replaced-"
 # What a full, broken or read-only disk raises: safetensors reports it by an exception of its own.
 STORAGE_ERRORS = (OSError, SafetensorError)
+_NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 def reason(error: Exception) -> str:
@@ -112,10 +114,13 @@ def clear_leftovers(folder: Path, ours: Callable[[str], bool] = bool) -> list[st
 
 
 def flush(path: Path) -> None:
-    """Bring a file's content, or a folder's list of names, to the disk."""
+    """Bring a file's content, or a folder's list of names, to the disk; not all file systems can do the latter."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_FOR_FOLDERS or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

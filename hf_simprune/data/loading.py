@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening a data set through `datasets` and finding the image and label columns in it."""
 
-import io
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -11,10 +10,9 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
-from PIL import Image as PilImage
 
 from ..errors import InputError
-from .decoding import DECODING_ERRORS
+from .decoding import DECODING_ERRORS, open_image
 
 
 LABEL_NAMES = ("label", "labels", "fine_label", "coarse_label", "class", "target", "cls")
@@ -124,7 +122,7 @@ def _holds_bytes(feature: Any) -> bool:
 
 def _opens(value: Any) -> bool:
     try:
-        PilImage.open(io.BytesIO(encoded_bytes(value)))
+        open_image(encoded_bytes(value))
     except DECODING_ERRORS:
         return False
     return True

@@ -59,7 +59,8 @@ def find_checkpoint(output_dir: Path, resume_from: str) -> Path:
         if not checkpoints:
             raise InputError(f"--resume_from_checkpoint latest: no checkpoint-<step> folder in {output_dir}")
         return checkpoints[-1]
-    path = standing(Path(resume_from))
+    path = Path(resume_from)
+    path = path if path.exists() else standing(path)
     if not any((path / name).is_file() for name in (STATE_FILE, MANIFEST)):
         raise InputError(
             f"--resume_from_checkpoint {resume_from}: not a checkpoint folder (no {STATE_FILE} in it); "
@@ -82,7 +83,7 @@ def check_files(checkpoint: Path) -> str | None:
     step = _step(checkpoint)
     earlier = [path for path in list_checkpoints(checkpoint.parent) if step is None or _step(path) < step]
     intact = next((path for path in reversed(earlier) if _damage(path) is None), None)
-    offer = "no earlier checkpoint is intact: start anew with --overwrite_output_dir"
+    offer = "no earlier checkpoint is intact: put back a copy of that file if there is one, or train in another folder"
     if intact is not None:
         offer = f"the newest intact one before it is {intact.name}: use --resume_from_checkpoint {intact}"
     raise InputError(f"--resume_from_checkpoint {checkpoint}: it is damaged, {damage}; {offer}")

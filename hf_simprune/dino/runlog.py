@@ -78,13 +78,14 @@ class RunLog:
         if not self.accelerator.is_main_process or not (self.unwritten or to_disk):
             return
         try:
-            self._length = append("".join(self.unwritten), self.path, self._length)
+            length = append("".join(self.unwritten), self.path, self._length)
             if to_disk:
                 flush(self.path)
         except OSError as error:
             message = f"{self.path} cannot be written ({reason(error)}); its lines wait in memory"
             self._complain(self.path.name, message)
             return
+        self._length = length
         if self.path.name in self._troubled:
             self._troubled.remove(self.path.name)
             self.say(f"{self.path} is written again, the {len(self.unwritten)} lines that waited too")

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from hf_simprune.errors import InputError
@@ -30,7 +31,7 @@ SECONDS = 10  # of work for one of them
 _MEMORY = 3 * 2**30  # bytes that all of them may ask for beyond what is in use at the start
 _STARTED = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "ctypes.dlopen"}
 EVIL = 'open({marker!r}, "w").close()\nclass Evil: pass\n'
-MODEL_ERRORS = (ValueError, OSError, SafetensorError)
+MODEL_ERRORS = (ValueError, OSError, SafetensorError, StrictDataclassError)  # the last names the setting and its type
 
 Change = Callable[[random.Random], str]
 

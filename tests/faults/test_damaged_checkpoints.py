@@ -121,7 +121,7 @@ def test_damaged_earlier_ones_are_not_offered(run):
     assert offered(refused(run, str(run / "checkpoint-6"))) == f"{run}/checkpoint-3"
     (run / "checkpoint-3" / "manifest.json").unlink()
     message = refused(run)
-    assert "no earlier checkpoint is intact: start anew with --overwrite_output_dir" in message
+    assert "no earlier checkpoint is intact: put back a copy of that file" in message
     assert "manifest.json is missing" in refused(run, str(run / "checkpoint-3"))
 
 

@@ -30,7 +30,7 @@ def test_a_step_with_numbers_that_are_not_finite_is_not_taken_and_named(warm, im
         assert warm.wait(pid) == 1, last_lines(log)
         wait_until_none_is_left(pid)
         (line,) = re.findall("^error: .*$", log.read_text(), re.M)
-        assert line.startswith(f"error: stopped at step {step - 1}: ") and "not finite" in line or "loss is" in line
+        assert line.startswith(f"error: stopped at step {step - 1}: ") and ("not finite" in line or "loss is" in line)
         assert f"checkpoint-{step - 1}" in line and "Traceback" not in log.read_text()
         assert (step - 1) in checkpoints(folder) and (step - 1) // 2 * 2 in checkpoints(folder)
         for file in (folder / f"checkpoint-{step - 1}").glob("*.safetensors"):

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
@@ -153,7 +154,7 @@ class SimPruneViTPreTrainedModel(ViTPreTrainedModel):
         kwargs.setdefault("use_safetensors", True)
         try:
             model, info = cls._load(name, *model_args, config=config, **kwargs)
-        except (OSError, ValueError, MemoryError, torch.OutOfMemoryError):
+        except (OSError, ValueError, StrictDataclassError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the libraries answer unsound files with all kinds of errors
             reason = " ".join(f"{type(error).__name__}: {error}".split())
