@@ -30,7 +30,7 @@ class StepResult:
     """What a step measured. `skipped` says that gradients were not finite, so that nothing moved.
 
     loss, teacher_entropy: nats. gradient_norm: L2, before clipping. cls_std, cls_rank: of the teacher's CLS features
-    of the last micro-batch; NaN where `diagnostics` was off. parts: what the objective tells beside the loss.
+    in all processes' last micro-batch; NaN where `diagnostics` was off. parts: what the objective tells beside.
     """
 
     loss: float
@@ -174,7 +174,8 @@ class DinoEngine:
             objective.end(self.accelerator)
         result = StepResult(loss, entropy, norm, skipped, parts=dict(zip(objective.part_names, parts, strict=True)))
         if diagnostics:
-            std, rank = feature_std(output.teacher_cls).item(), effective_rank(output.teacher_cls).item()
+            features = self.accelerator.gather(output.teacher_cls)
+            std, rank = feature_std(features).item(), effective_rank(features).item()
             result = replace(result, cls_std=std, cls_rank=rank)
         return result
 

@@ -277,7 +277,7 @@ class DinoTrainer:
             "batches_seen": self.batches_seen,
             "source": gather_object([self.source_state]),
             "skipped_in_a_row": self.skipped_in_a_row,
-            "bad_indices": sorted(self.bad_indices),
+            "bad_indices": sorted(set(gather_object(sorted(self.bad_indices)))),
             "window": vars(self.window),
             "monitor": self.monitor.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,

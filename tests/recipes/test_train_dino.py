@@ -185,7 +185,7 @@ def test_two_processes_equal_one_with_twice_the_batch(recipe, images, tmp_path):
 
 def test_processes_that_would_not_know_of_each_other_are_refused(recipe, images, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("hf_simprune.dino.run.PartialState", lambda cpu: AloneState())
+    monkeypatch.setattr("hf_simprune.dino.run.PartialState", lambda **_: AloneState())
     status, _, err = recipe(output_dir=tmp_path / "run", dataset_name_or_path=images)
     assert status == 2 and err.startswith("error: 2 processes were launched") and "ACCELERATE_USE_CPU=true" in err
     assert not (tmp_path / "run").exists()

@@ -171,7 +171,8 @@ def test_nothing_to_resume(refused, images, tmp_path, where):
 def test_resuming_with_another_architecture(refused, images, finished_run):
     overrides = "hidden_size=48,num_hidden_layers=4,num_attention_heads=2,intermediate_size=48"
     words = ("--resume_from_checkpoint", "latest", "--config_overrides", overrides)
-    assert "architecture" in refused("--dataset_name_or_path", images, *words, output_dir=finished_run)
+    message = refused("--dataset_name_or_path", images, *words, output_dir=finished_run)
+    assert "--config_overrides was " in message and f"is now {overrides}" in message
 
 
 def test_resuming_with_another_number_of_steps(refused, images, finished_run):
