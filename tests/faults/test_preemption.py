@@ -20,9 +20,10 @@ from .warm_runs import assert_equal_runs, checkpoints, last_lines, wait_until_no
 OPTIONS = {"max_steps": 40, "save_steps": 100, "knn_every": 0, "dataloader_num_workers": 2}
 
 
-def wait_for_steps(folder: Path, count: int) -> None:
+def wait_for_steps(folder: Path, count: int, launcher: subprocess.Popen | None = None) -> None:
     deadline, file = time.monotonic() + 300, folder / "metrics.jsonl"
     while not (file.exists() and file.read_text().count('"loss"') >= count):
+        assert launcher is None or launcher.poll() is None, launcher.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -88,7 +89,7 @@ def processes_with(mark: str) -> list[int]:
 
 
 def torchrun(folder: Path, mark: str, **options) -> subprocess.Popen:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     line = words(output_dir=folder, **{**OPTIONS, "per_device_train_batch_size": 4, **options})
     return subprocess.Popen(
         [*launch, str(RECIPE), *line],
@@ -106,7 +107,7 @@ def test_sigterm_to_torchrun_does_too(images, to_group, tmp_path, trials):
     folder, mark = tmp_path / "run", f"mark-{tmp_path}"
     launcher = torchrun(folder, mark, dataset_name_or_path=images)
     try:
-        wait_for_steps(folder, 4)
+        wait_for_steps(folder, 4, launcher)
         os.killpg(launcher.pid, signal.SIGTERM) if to_group else os.kill(launcher.pid, signal.SIGTERM)
         output, _ = launcher.communicate(timeout=300)
         assert launcher.returncode != 0
