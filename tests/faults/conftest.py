@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ..tiny_run import write_images
-from .warm_runs import WarmServer
+from .warm_runs import WITH_WORKERS, WarmServer, last_lines
 
 
 _PROPERTY = "trials"
@@ -39,7 +39,17 @@ def warm() -> Iterator[WarmServer]:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def images(tmp_path_factory) -> str:
     folder: Path = tmp_path_factory.mktemp("data")
     return write_images(folder / "images.parquet")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(warm, images, tmp_path_factory) -> Path:
+    """The folder of a run with the options `WITH_WORKERS` that nothing happened to."""
+    folder: Path = tmp_path_factory.mktemp("undisturbed")
+    log = folder / "log"
+    status = warm.run(log, output_dir=folder / "run", dataset_name_or_path=images, **WITH_WORKERS)
+    assert status == 0, last_lines(log)
+    return folder / "run"

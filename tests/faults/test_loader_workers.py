@@ -13,30 +13,27 @@ from torch.utils.data import DataLoader, Dataset
 
 from hf_simprune.dino.worker_deaths import WorkerDeaths, WorkerDied
 
-from .warm_runs import assert_equal_runs, checkpoints, last_lines, processes_of, wait_until_none_is_left
-
-
-OPTIONS = {"max_steps": 40, "save_steps": 100, "knn_every": 0, "dataloader_num_workers": 2}
-
-
-def wait_for_steps(folder: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
-    file = folder / "metrics.jsonl"
-    while not (file.exists() and file.read_text().count('"loss"') >= count):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+from .warm_runs import (
+    WITH_WORKERS,
+    assert_equal_runs,
+    checkpoints,
+    last_lines,
+    processes_of,
+    wait_for_steps,
+    wait_until_none_is_left,
+)
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(6, marks=pytest.mark.faults)])
-def test_a_dead_worker_ends_the_run_in_one_line_and_nothing_is_lost(warm, images, count, tmp_path, trials):
+def test_a_dead_worker_ends_the_run_in_one_line_and_nothing_is_lost(
+    warm, images, undisturbed, count, tmp_path, trials
+):
     chance = random.Random(count)
-    whole = tmp_path / "whole"
-    assert warm.run(tmp_path / "whole.log", output_dir=whole, dataset_name_or_path=images, **OPTIONS) == 0
     for number in range(count):
-        options = {**OPTIONS, "dataset_name_or_path": images}
+        options = {**WITH_WORKERS, "dataset_name_or_path": images}
         folder, log = tmp_path / f"run-{number}", tmp_path / f"run-{number}.log"
         pid = warm.start(log, output_dir=folder, **options)
-        wait_for_steps(folder, chance.randrange(1, 20))
+        wait_for_steps(folder, chance.randrange(1, 9))
         victim = chance.choice([other for other in processes_of(pid) if other != pid])
         os.kill(victim, signal.SIGKILL)
         assert warm.wait(pid, 120) == 1, last_lines(log)
@@ -47,13 +44,13 @@ def test_a_dead_worker_ends_the_run_in_one_line_and_nothing_is_lost(warm, images
         assert f"checkpoint-{step}" in line and "--resume_from_checkpoint latest" in line
         assert checkpoints(folder) == [step] and "Traceback" not in log.read_text()
         assert warm.run(log, output_dir=folder, resume_from_checkpoint="latest", **options) == 0, last_lines(log)
-        assert_equal_runs(whole, folder)
+        assert_equal_runs(undisturbed, folder)
     trials("loader workers killed, resumed bit-equal", count)
 
 
 def test_a_run_that_ends_in_the_unforeseen_ends_and_so_do_its_workers(warm, images, tmp_path):
     log = tmp_path / "log"
-    options = {**OPTIONS, "dataset_name_or_path": images}
+    options = {**WITH_WORKERS, "dataset_name_or_path": images}
     pid = warm.start(log, {"crash_at": 3}, output_dir=tmp_path / "run", **options)
     assert warm.wait(pid, 120) == 1, last_lines(log)
     assert "ZeroDivisionError: something unforeseen" in log.read_text()

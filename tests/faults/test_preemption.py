@@ -14,18 +14,14 @@ import pytest
 from safetensors import safe_open
 
 from ..tiny_run import RECIPE, environment, words
-from .warm_runs import assert_equal_runs, checkpoints, last_lines, wait_until_none_is_left
-
-
-OPTIONS = {"max_steps": 40, "save_steps": 100, "knn_every": 0, "dataloader_num_workers": 2}
-
-
-def wait_for_steps(folder: Path, count: int, launcher: subprocess.Popen | None = None) -> None:
-    deadline, file = time.monotonic() + 300, folder / "metrics.jsonl"
-    while not (file.exists() and file.read_text().count('"loss"') >= count):
-        assert launcher is None or launcher.poll() is None, launcher.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+from .warm_runs import (
+    WITH_WORKERS,
+    assert_equal_runs,
+    checkpoints,
+    last_lines,
+    wait_for_steps,
+    wait_until_none_is_left,
+)
 
 
 def last_completed_step(folder: Path) -> int:
@@ -56,21 +52,22 @@ def send(way: str, folder: Path, session: int) -> None:
 
 
 @pytest.mark.parametrize("ways", [WAYS[1:2], pytest.param(2 * WAYS, marks=pytest.mark.faults)], ids=["one", "all"])
-def test_sigterm_leaves_a_checkpoint_of_the_last_step_and_no_process(warm, images, ways, tmp_path, trials):
-    options = {**OPTIONS, "dataset_name_or_path": images}
-    chance, whole = random.Random(7), tmp_path / "whole"
-    assert warm.run(tmp_path / "whole.log", output_dir=whole, **options) == 0
+def test_sigterm_leaves_a_checkpoint_of_the_last_step_and_no_process(
+    warm, images, undisturbed, ways, tmp_path, trials
+):
+    options = {**WITH_WORKERS, "dataset_name_or_path": images}
+    chance = random.Random(7)
     for number, way in enumerate(ways):
         folder, log = tmp_path / f"run-{number}", tmp_path / f"run-{number}.log"
         pid = warm.start(log, output_dir=folder, **options)
-        wait_for_steps(folder, chance.randrange(1, 25))
+        wait_for_steps(folder, chance.randrange(1, 10))
         send(way, folder, pid)
         assert warm.wait(pid, 120) == 130, (way, last_lines(log))
         wait_until_none_is_left(pid)
         step = last_completed_step(folder)
         assert f"interrupted after step {step}" in log.read_text() and "Traceback" not in log.read_text()
         assert warm.run(log, output_dir=folder, resume_from_checkpoint="latest", **options) == 0, last_lines(log)
-        assert_equal_runs(whole, folder)
+        assert_equal_runs(undisturbed, folder)
     trials("SIGTERM to the training process or its group, resumed bit-equal", len(ways))
 
 
@@ -90,7 +87,7 @@ def processes_with(mark: str) -> list[int]:
 
 def torchrun(folder: Path, mark: str, **options) -> subprocess.Popen:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    line = words(output_dir=folder, **{**OPTIONS, "per_device_train_batch_size": 4, **options})
+    line = words(output_dir=folder, **{**WITH_WORKERS, "per_device_train_batch_size": 4, **options})
     return subprocess.Popen(
         [*launch, str(RECIPE), *line],
         env=environment(HF_HUB_OFFLINE="1", FAULT_MARK=mark),

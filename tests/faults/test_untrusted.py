@@ -29,7 +29,7 @@ from ..rba.tiny_compression import save_checkpoint
 from .fuzzing import SIZES, TARGETS
 
 
-QUICK = [("own ViT, config", 30), ("compress MODEL", 30), ("--plan", 60)]
+QUICK = [("own ViT, config", 30), ("--plan", 60)]
 FULL = [pytest.param(target, 120, marks=pytest.mark.faults) for target in TARGETS]
 
 

@@ -17,6 +17,8 @@ from ..tiny_run import ROOT, environment, untimed, words
 
 # numpy's and Arrow's libraries would start threads as soon as they are imported
 WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+# A run that is long enough for something to happen to it and that saves nothing before.
+WITH_WORKERS = {"max_steps": 16, "save_steps": 100, "knn_every": 0, "dataloader_num_workers": 2}
 PATIENCE = 300.0  # seconds; the machine may have much else to do
 
 
@@ -107,6 +109,15 @@ def wait_until_none_is_left(session: int, seconds: float = 60.0) -> None:
     while left := processes_of(session):
         assert time.monotonic() < deadline, f"processes {left} of session {session} are left"
         time.sleep(0.05)
+
+
+def wait_for_steps(folder: Path, count: int, launcher: subprocess.Popen | None = None) -> None:
+    """Until a run has logged as many steps."""
+    deadline, file = time.monotonic() + 300, folder / "metrics.jsonl"
+    while not (file.exists() and file.read_text().count('"loss"') >= count):
+        assert launcher is None or launcher.poll() is None, launcher.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def result_of(folder: Path) -> dict[str, bytes]:

@@ -5,11 +5,13 @@ are JSON, one a line. A run has a session of its own, so that signals to its gro
 """
 
 import contextlib
+import gc
 import importlib.util
 import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -46,8 +48,17 @@ def load_recipe():
 
 
 def warm_up() -> None:
-    import hf_simprune.dino.argument_parsing  # noqa: F401
+    """Import, and do once what the libraries prepare when it is first done."""
+    from transformers import ViTConfig, ViTModel
+
+    import hf_simprune.dino.argument_parsing
     import hf_simprune.dino.run  # noqa: F401
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    with tempfile.TemporaryDirectory() as folder:
+        ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(folder)
+    gc.collect()
+    gc.freeze()  # forks need not look through all of it again
 
 
 def run(recipe, words: list[str], output: str, environment: dict[str, str], faults: dict) -> int:
