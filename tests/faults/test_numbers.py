@@ -1,7 +1,7 @@
 """Numbers that are not finite, in activations and in gradients: no step is taken and the run says where it stopped.
 
-An overflow under fp16, which a loss scale recovers from, is tested in tests/dino/test_whole_step.py, and the trainer by
-itself, which is quicker, in tests/dino/test_trainer.py.
+An overflow under fp16, which a loss scale recovers from, is tested in tests/dino/test_whole_step.py, and the trainer
+by itself, which is quicker, in tests/dino/test_trainer.py.
 """
 
 import math
