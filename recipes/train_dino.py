@@ -34,6 +34,7 @@ Go on after Ctrl-C: the same command with --resume_from_checkpoint latest. All o
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 
 # Threads that sleep while they wait: spinning ones make steps many times slower on a CPU that other programs use too.
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit status: 0, 2 for bad input, 1 for a run that cannot go on, 130 when interrupted."""
     # Heavy imports come late, so that --help and a mistyped option answer at once.
     from hf_simprune.errors import InputError, TrainingError, TrainingInterrupted
+    from hf_simprune.lasting_output import forget_unwritten
 
     try:
         from hf_simprune.dino.argument_parsing import parse_arguments
@@ -56,22 +58,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _stop(f"error: {error}", 2)
     except TrainingError as error:
-        from hf_simprune.dino.data import BadImageError
         from hf_simprune.dino.processes import LostProcessError
 
-        # only the process that met the image knows of it, and the process that would speak may be the lost one
-        return _stop(f"error: {error}", 1, every_process=isinstance(error, BadImageError | LostProcessError))
+        # the process that would speak may be the lost one
+        return _stop(f"error: {error}", 1, every_process=isinstance(error, LostProcessError))
     except TrainingInterrupted as error:
         return _stop(str(error), 130)
     except KeyboardInterrupt:
         return _stop("interrupted; if there is a checkpoint yet, --resume_from_checkpoint latest goes on from it", 130)
+    finally:
+        forget_unwritten()
     return 0
 
 
 def _stop(message: str, status: int, every_process: bool = False) -> int:
     # nearly always every process of a machine meets the same error; one says it
     if every_process or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(" ".join(message.split()), file=sys.stderr)
+        with suppress(OSError):  # the exit status tells, even where a full disk takes no words
+            print(" ".join(message.split()), file=sys.stderr)
     return status
 
 

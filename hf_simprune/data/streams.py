@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a stream in an order that (seed, epoch, shard, row) decide, read by many and gone on with from counters.
+"""Rows of a stream in an order that (seed, epoch, shard, row) decide for given readers; gone on with from counters.
 
 A *reader* is one of `readers` that share the stream: a loader's worker, or a process without workers. In every epoch
 the shards are dealt to the readers like cards, whole shards where there are enough of them; where there are fewer than
@@ -82,7 +82,8 @@ class ShuffledStream:
         open_shards: read in turn.
 
     Attributes:
-        layout: what a place depends on beside seed and readers; plain numbers.
+        layout: what a place depends on beside seed and readers, and a fingerprint of the first row, by which other
+            data is recognised; plain values.
     """
 
     def __init__(
@@ -98,16 +99,23 @@ class ShuffledStream:
         rows = undecoded(stream.select_columns(list(columns)))
         if not in_one and rows.num_shards < min(readers * open_shards, _RESHARDED_BELOW):
             rows = rows.reshard()  # row groups of a few parquet files; other formats stay as they are
+        first = _first_row(rows)
         self.stream = rows
         self.seed = seed
         self.readers = readers
         self.shards = 1 if in_one else rows.num_shards
-        self.block_rows = block_rows or (BLOCK_PATHS if _holds_paths(rows) else BLOCK_ROWS)
+        self.block_rows = block_rows or (BLOCK_PATHS if any(map(_is_path, first.values())) else BLOCK_ROWS)
         self.open_shards = open_shards
+        self.first_row = _fingerprint(first)
 
     @property
-    def layout(self) -> dict[str, int]:
-        return {"shards": self.shards, "block_rows": self.block_rows, "open_shards": self.open_shards}
+    def layout(self) -> dict[str, int | str]:
+        return {
+            "shards": self.shards,
+            "block_rows": self.block_rows,
+            "open_shards": self.open_shards,
+            "first_row": self.first_row,
+        }
 
     @property
     def readers_of_a_shard(self) -> int:
@@ -186,6 +194,8 @@ class _OpenShards:
         self.limit = limit
         self.next = place["next"]
         self.turn = place["turn"]
+        if any(position >= len(pieces) for position, _ in place["open"]):
+            raise StreamError("the place to go on from is not one of this stream")
         self.open = [self._opened(position, passed) for position, passed in place["open"]]
 
     @property
@@ -252,9 +262,25 @@ def sample_rows(
     return Dataset.from_list(rows, features=shuffled.stream.features)
 
 
-def _holds_paths(rows: IterableDataset) -> bool:
-    """Whether the first row holds an image's path and no image."""
+def _first_row(rows: IterableDataset) -> dict[str, Any]:
+    """Its cells; none where there is no row."""
     for columns in rows.iter(batch_size=1):
-        cells = [values[0] for values in columns.values()]
-        return any(isinstance(cell, dict) and cell.get("path") and not cell.get("bytes") for cell in cells)
-    return False
+        return {name: values[0] for name, values in columns.items()}
+    return {}
+
+
+def _is_path(cell: Any) -> bool:
+    """Whether a cell holds an image's path and no image."""
+    return isinstance(cell, dict) and bool(cell.get("path")) and not cell.get("bytes")
+
+
+def _fingerprint(cells: dict[str, Any]) -> str:
+    """The same wherever the data lies: of paths, only the last two names count."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, cell in sorted(cells.items()):
+        content = "/".join(cell["path"].split("/")[-2:]) if _is_path(cell) else cell
+        if isinstance(content, dict) and content.get("bytes"):
+            content = content["bytes"]
+        digest.update(name.encode())
+        digest.update(content if isinstance(content, bytes) else repr(content).encode())
+    return digest.hexdigest()

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..errors import InputError
 from .engine import DinoEngine
 from .manifest import MANIFEST, find_damage, write_manifest
 from .sharding import dealt_out_like, full_tensors, load_full_tensors
+from .trainer_state import wrong_field
 
 
 # the tensors of each file, by its name
@@ -30,8 +31,6 @@ Contents = Mapping[str, Mapping[str, Tensor]]
 
 STATE_FILE = "trainer_state.json"
 STUDENT, TEACHER, OPTIMIZER = (f"{part}.safetensors" for part in ("student", "teacher", "optimizer"))
-# 2: with a manifest. Earlier versions wrote no number.
-FORMAT = 2
 _NAME = re.compile(rf"(?:{re.escape(REPLACED)})?checkpoint-(0|[1-9][0-9]*)")
 
 
@@ -46,6 +45,13 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     # one that was being replaced when the program was killed may only stand under its second name
     steps = {int(m[1]) for path in output_dir.iterdir() if (m := _NAME.fullmatch(path.name)) and path.is_dir()}
     return [standing(output_dir / f"checkpoint-{step}") for step in sorted(steps)]
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest, for a message; None where there is none or the folder cannot be read either."""
+    with suppress(OSError):
+        return next(reversed(list_checkpoints(output_dir)), None)
+    return None
 
 
 def find_checkpoint(output_dir: Path, resume_from: str) -> Path:
@@ -69,17 +75,15 @@ def find_checkpoint(output_dir: Path, resume_from: str) -> Path:
     return path
 
 
-def check_files(checkpoint: Path) -> str | None:
-    """Compare all files of a checkpoint with its checksums; returns a warning to print, if there is one.
+def check_files(checkpoint: Path) -> None:
+    """Compare all files of a checkpoint with its checksums.
 
     Raises:
         InputError: a file is damaged. The message names it, and the newest earlier checkpoint that is not.
     """
     damage = _damage(checkpoint)
     if damage is None:
-        if (checkpoint / MANIFEST).is_file():
-            return None
-        return f"warning: {checkpoint} has no {MANIFEST} (an earlier version wrote it): its files could not be checked"
+        return
     step = _step(checkpoint)
     earlier = [path for path in list_checkpoints(checkpoint.parent) if step is None or _step(path) < step]
     intact = next((path for path in reversed(earlier) if _damage(path) is None), None)
@@ -107,15 +111,19 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's `trainer_state.json`.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or holds something else than a trainer's state.
     """
     try:
         state = json.loads((checkpoint / STATE_FILE).read_bytes())
-        if isinstance(state["step"], int):
-            return state
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise InputError(f"--resume_from_checkpoint {checkpoint}: {STATE_FILE} cannot be read")
+    except (OSError, ValueError, RecursionError):
+        raise InputError(f"--resume_from_checkpoint {checkpoint}: {STATE_FILE} cannot be read") from None
+    wrong = wrong_field(state)
+    if wrong is not None:
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint}: {STATE_FILE} is no state of a training ({wrong} is missing or is "
+            "not what it should be); resume from another checkpoint"
+        )
+    return state
 
 
 def save_checkpoint(output_dir: Path, engine: DinoEngine, state: dict[str, Any], keep: int | None = None) -> Path:
@@ -152,13 +160,13 @@ def write_checkpoint(output_dir: Path, tensors: Contents, state: dict[str, Any])
         with new_folder(target) as partial:
             for name, content in tensors.items():
                 save_file(dict(content), partial / name)
-            (partial / STATE_FILE).write_text(json.dumps({"format": FORMAT} | state, indent=2))
+            (partial / STATE_FILE).write_text(json.dumps(state, indent=2))
             write_manifest(partial)
     except STORAGE_ERRORS as error:
-        good = list_checkpoints(output_dir)
+        good = last_checkpoint(output_dir)
         last = "no earlier one is left, so that only --overwrite_output_dir starts again"
-        if good:
-            last = f"the last good one is {good[-1]}, from which --resume_from_checkpoint latest goes on"
+        if good is not None:
+            last = f"the last good one is {good}, from which --resume_from_checkpoint latest goes on"
         raise NotSavedError(f"{target.name} could not be written ({reason(error)}); {last}") from error
     return target
 
@@ -236,16 +244,8 @@ def _step(checkpoint: Path) -> int | None:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files; of one without checksums, only that which cannot be opened."""
-    if (checkpoint / MANIFEST).exists():
-        return find_damage(checkpoint, (STUDENT, TEACHER, OPTIMIZER, STATE_FILE))
-    try:
-        for name in (STUDENT, TEACHER, OPTIMIZER):
-            _shapes(checkpoint / name)
-        state = read_state(checkpoint)
-    except InputError as error:
-        return str(error).partition(f"{checkpoint}: ")[2]
-    return f"{MANIFEST} is missing" if state.get("format", 1) != 1 else None
+    """What is wrong with a checkpoint's files."""
+    return find_damage(checkpoint, (STUDENT, TEACHER, OPTIMIZER, STATE_FILE))
 
 
 def _is_objectives(name: str) -> bool:

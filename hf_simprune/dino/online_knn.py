@@ -21,6 +21,10 @@ from ..evaluation.knn import knn_accuracy
 HELD_OUT_SHARE = 0.1
 
 
+class _Stopped(Exception):
+    """The images were no longer wanted."""
+
+
 @dataclass(frozen=True)
 class LabelledImages:
     """Rows to classify or to vote: `image(row)` decodes one of `rows`, whose labels are (N,) int64."""
@@ -104,10 +108,19 @@ class OnlineKnn:
         self.batch_size = batch_size
         self.progress = progress
 
-    def __call__(self, step: int) -> dict[str, float]:
-        """Fractions of the queries classified correctly: by the CLS token and by the mean patch token."""
-        bank, bank_labels = self._features(self.bank)
-        queries, query_labels = self._features(self.queries)
+    def __call__(self, step: int, stopped: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """Fractions of the queries classified correctly: by the CLS token and by the mean patch token.
+
+        None in all processes once `stopped()`, asked before every image, is true in one of them.
+        """
+        found = self._features(self.bank, stopped)
+        if found is None:
+            return None
+        bank, bank_labels = found
+        found = self._features(self.queries, stopped)
+        if found is None:
+            return None
+        queries, query_labels = found
         names = {"knn_accuracy": "cls", "knn_accuracy_patch_mean": "patch_mean"}
         accuracies = {}
         for name, kind in names.items():
@@ -115,19 +128,33 @@ class OnlineKnn:
             accuracies[name] = knn_accuracy(bank[kind], bank_labels, here, query_labels, self.k, self.temperature)
         return accuracies
 
-    def _features(self, images: LabelledImages) -> tuple[dict[str, Tensor], Tensor]:
+    def _features(
+        self, images: LabelledImages, stopped: Callable[[], bool]
+    ) -> tuple[dict[str, Tensor], Tensor] | None:
         """Of all processes' shares, in the order of `images`, without those that cannot be read."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         share = range(rank, len(images), world)
         read: list[int] = []
-        part: list[tuple[Tensor, dict[str, Tensor]]] = []
+        part: list[tuple[Tensor, dict[str, Tensor]] | None] = []
         if len(share):
-            stream = images.subset(share).readable(read)
-            with self.accelerator.autocast():
-                found = extract_features(self.model, stream, self.processor, self.batch_size, self.progress)
-            part = [(torch.tensor([share[i] for i in read]), found)]
+            stream = _until(stopped, images.subset(share).readable(read))
+            try:
+                with self.accelerator.autocast():
+                    found = extract_features(self.model, stream, self.processor, self.batch_size, self.progress)
+                part = [(torch.tensor([share[i] for i in read]), found)]
+            except _Stopped:
+                part = [None]
         parts = gather_object(part)
+        if any(found is None for found in parts):
+            return None
         positions = torch.cat([where for where, _ in parts])
         order = positions.argsort()
         merged = {kind: torch.cat([found[kind] for _, found in parts])[order] for kind in parts[0][1]}
         return merged, images.labels[positions[order]]
+
+
+def _until(stopped: Callable[[], bool], images: Iterator[Image.Image]) -> Iterator[Image.Image]:
+    for image in images:
+        if stopped():
+            raise _Stopped
+        yield image

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..atomic import clear_leftovers, remove_folder
 from ..errors import InputError
 from .arguments import DinoArguments
+from .folder_lock import LOCK_FILE, check_unlocked
 
 
 RUN_FILE = "training/run.json"
@@ -29,6 +30,7 @@ def check_output_dir(args: DinoArguments) -> None:
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder} is a file: name a folder")
+    check_unlocked(folder)
     if args.resume_from_checkpoint is not None:
         from .checkpoint import find_checkpoint
 
@@ -79,4 +81,5 @@ def tidy_up(output_dir: Path) -> list[str]:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / RUN_FILE).is_file()
+    """Also of a folder whose run was killed before it had written anything else."""
+    return (folder / RUN_FILE).is_file() or (folder / LOCK_FILE).is_file()

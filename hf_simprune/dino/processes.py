@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ..errors import TrainingError
-from .checkpoint import list_checkpoints
+from .checkpoint import last_checkpoint
 
 
 class LostProcessError(TrainingError):
@@ -21,8 +21,8 @@ def raise_if_lost(error: RuntimeError, output_dir: Path) -> None:
     # gloo reports by a plain RuntimeError that names its source file
     if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
         return
-    saved = list_checkpoints(output_dir)
-    kept = f"{saved[-1].name} is the last checkpoint" if saved else "there is no checkpoint yet"
+    saved = last_checkpoint(output_dir)
+    kept = f"{saved.name} is the last checkpoint" if saved is not None else "there is no checkpoint yet"
     raise LostProcessError(
         f"another process of this run ended or did not answer ({str(error).splitlines()[0]}); {kept}: end what is "
         "left of the run, then start it again with --resume_from_checkpoint latest"

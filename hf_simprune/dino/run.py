@@ -19,6 +19,7 @@ from ..atomic import STORAGE_ERRORS, reason, write_text
 from ..errors import InputError, TrainingError
 from ..hub.facts import hardware, versions
 from ..hub.publish import UploadError, create_repo_early, upload_run
+from ..lasting_output import lasting_output
 from ..reduction import window_offset
 from .allocator import keep_freed_memory
 from .arguments import DinoArguments
@@ -36,6 +37,7 @@ from .data import listed_images
 from .dual_branch import DualBranch
 from .engine import DinoEngine, Views
 from .export import TRAINING, export_model, result_folder, save_initial, write_json
+from .folder_lock import FolderLock
 from .main_process import on_main
 from .output_folder import RUN_FILE, check_output_dir, clear_previous_run, tidy_up
 from .processes import raise_if_lost
@@ -76,6 +78,18 @@ def run_training(args: DinoArguments) -> None:
         TrainingError: the run cannot go on.
         TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
+    lock = FolderLock()
+    try:
+        with lasting_output():
+            _run(args, lock)
+    except RuntimeError as error:
+        raise_if_lost(error, Path(args.output_dir))
+        raise
+    finally:
+        lock.release()
+
+
+def _run(args: DinoArguments, lock: FolderLock) -> None:
     started = time.time()
     validate(args)
     output_dir = Path(args.output_dir)
@@ -83,6 +97,7 @@ def run_training(args: DinoArguments) -> None:
     accelerator = build_accelerator(args)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+    sharding = chosen_sharding(accelerator)
     repo_id = _create_repo(args, accelerator)
     data = open_data(args)
     settings = resolve(args, data.num_images, accelerator.num_processes)
@@ -104,8 +119,9 @@ def run_training(args: DinoArguments) -> None:
         except STORAGE_ERRORS as error:
             say(f"warning: step {step} was not published: the model could not be written ({reason(error)})")
 
-    objective, sharding = build_objective(args), chosen_sharding(accelerator)
-    engine = DinoEngine(model, accelerator, objective, settings.max_grad_norm, settings.clip_grad, sharding)
+    engine = DinoEngine(
+        model, accelerator, build_objective(args), settings.max_grad_norm, settings.clip_grad, sharding
+    )
     model = engine.networks
     schedules = build_schedules(args, settings)
     snapshots = PruningSnapshots(output_dir / SNAPSHOTS, model, settings.total_steps)
@@ -121,9 +137,9 @@ def run_training(args: DinoArguments) -> None:
 
     knn = data.online_knn(model.teacher.backbone, processor, accelerator)
 
-    def evaluate(step: int) -> dict[str, float]:
+    def evaluate(step: int, stopped: Callable[[], bool]) -> dict[str, float] | None:
         with engine.whole_teacher():
-            return knn(step)
+            return knn(step, stopped)
 
     trainer = DinoTrainer(
         engine,
@@ -139,11 +155,11 @@ def run_training(args: DinoArguments) -> None:
     if args.resume_from_checkpoint is not None:
         say(f"resumed from {trainer.resume(args.resume_from_checkpoint)} at step {trainer.step}")
 
-    # every rank has checked the folder, and nothing is refused any more
+    # every rank has checked the folder; from here on it is this run's
     with engine.whole_networks():
-        moved = on_main(accelerator, lambda: _prepare_folder(args, settings, output_dir, model, trainer.step))
-    for path in moved:
-        say(f"set aside {path}: this run goes on from step {trainer.step}")
+        notes = on_main(accelerator, lambda: _prepare_folder(args, settings, output_dir, model, trainer.step, lock))
+    for note in notes:
+        say(note)
     start_trackers(
         accelerator, output_dir / TRACKERS, _tracker_config(args), args.run_name, output_dir.resolve().name,
         trainer.step,
@@ -174,9 +190,6 @@ def run_training(args: DinoArguments) -> None:
             if repo_id is not None:
                 _publish(output_dir, repo_id, args.token)
                 say(f"uploaded to {repo_id}")
-    except RuntimeError as error:
-        raise_if_lost(error, output_dir)
-        raise
     finally:
         _end(accelerator, engine)
 
@@ -250,13 +263,14 @@ def _create_repo(args: DinoArguments, accelerator: Accelerator) -> str | None:
 
 
 def _prepare_folder(
-    args: DinoArguments, settings: ResolvedSettings, output_dir: Path, model: DualBranch, step: int
-) -> list[Path]:
-    """Make the folder one of a run that goes on from `step`; returns the checkpoints that were set aside."""
+    args: DinoArguments, settings: ResolvedSettings, output_dir: Path, model: DualBranch, step: int, lock: FolderLock
+) -> list[str]:
+    """Make the folder one of a run that goes on from `step`, and this run's alone; returns lines to print."""
     resumed = args.resume_from_checkpoint is not None
     try:
-        if args.overwrite_output_dir:
-            clear_previous_run(output_dir)
+        unlocked = lock.take(output_dir)
+        if args.overwrite_output_dir and clear_previous_run(output_dir):
+            unlocked = lock.take(output_dir)  # the file went with the rest
         tidy_up(output_dir)
         moved = set_aside_later(output_dir, step) if resumed else []
         _write_run_files(args, settings, output_dir)
@@ -264,7 +278,8 @@ def _prepare_folder(
             save_initial(output_dir, model)
     except STORAGE_ERRORS as error:
         raise InputError(f"--output_dir {output_dir}: it cannot be written: {reason(error)}") from None
-    return moved
+    notes = [f"set aside {path}: this run goes on from step {step}" for path in moved]
+    return notes if unlocked is None else [unlocked, *notes]
 
 
 def _complete(write_result: Callable[[], None], output_dir: Path, step: int) -> None:

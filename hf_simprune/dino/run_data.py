@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data of a run: training rows, their crops, and the labelled rows of the k-NN."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +80,7 @@ class RunData:
 
     def online_knn(
         self, model: PreTrainedModel, processor: BaseImageProcessor, accelerator: Accelerator
-    ) -> Callable[[int], dict[str, float]] | None:
+    ) -> OnlineKnn | None:
         """The k-NN evaluation, or `None` without labels."""
         if self.bank is None or self.queries is None:
             return None

@@ -29,7 +29,7 @@ class RunLog:
     Attributes:
         unwritten: lines that could not be written yet. They are written before the next ones, as soon as it is
             possible.
-        evaluated: whether the file holds an evaluation of the last of all steps.
+        evaluated: whether the file holds an evaluation of the step it starts at.
 
     Raises:
         InputError: the file cannot be written.
@@ -49,7 +49,7 @@ class RunLog:
         self.unwritten: list[str] = []
         self._troubled: set[str] = set()
         self.evaluated = on_main(
-            accelerator, lambda: _holds_evaluation(cut_back(path, start_step, unwritten), total_steps)
+            accelerator, lambda: _holds_evaluation(cut_back(path, start_step, unwritten), start_step)
         )
         self._length = path.stat().st_size if accelerator.is_main_process else 0
         self.bar = tqdm(

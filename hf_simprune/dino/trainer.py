@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -19,22 +19,26 @@ from .checkpoint import (
     check_files,
     checkpoint_tensors,
     find_checkpoint,
-    list_checkpoints,
+    last_checkpoint,
     load_checkpoint,
     read_state,
     rotate_checkpoints,
     write_checkpoint,
 )
 from .engine import DinoEngine, NonFiniteLossError, StepResult, Views
+from .feed import NOTHING, Feed, Fetched
 from .interrupts import Interrupts
 from .main_process import on_main
 from .monitor import CollapseMonitor
 from .runlog import RunLog
 from .schedules import DinoSchedules, StepValues
-from .view_source import ViewSource
+from .step_record import shown, step_record
+from .view_source import OtherReadersError, ViewSource
 from .window import Window
-from .worker_deaths import WorkerDeaths, WorkerDied
+from .worker_deaths import WorkerDeaths
 
+
+Evaluation = Callable[[int, Callable[[], bool]], dict[str, float] | None]
 
 MAX_SKIPPED_IN_A_ROW = 50
 LEARN_GENTLER = "try a lower learning rate, a longer warm-up, or fp32"
@@ -59,7 +63,7 @@ class LoopSettings:
 
 
 def step_seed(seed: int, batch: int, rank: int) -> int:
-    """Seed of torch's generators in one step (drop path, random reduction): resuming needs no stored state."""
+    """Seed of torch's generators in one step (drop path): resuming needs no stored state."""
     digest = hashlib.blake2b(f"{seed}:{batch}:{rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -72,7 +76,9 @@ class DinoTrainer:
         schedules: values of every step.
         source: crops.
         settings: logging, saving, seed.
-        evaluate: called with the step after every `knn_every` steps; returns numbers to log as an object of their own.
+        evaluate: called before the first step, after every `knn_every` steps and after the last, with the step and a
+            function that says whether to give up; returns numbers to log as an object of their own, or None where it
+            gave up, in all processes alike.
         snapshot: called with (step, views, values) before the steps listed in `snapshot_steps`.
         describe_window: numbers to log about the curriculum's window.
         after_save: called on the main process with the step of each new checkpoint.
@@ -84,7 +90,7 @@ class DinoTrainer:
         schedules: DinoSchedules,
         source: ViewSource,
         settings: LoopSettings,
-        evaluate: Callable[[int], dict[str, float]] | None = None,
+        evaluate: Evaluation | None = None,
         snapshot: Callable[[int, Views, StepValues], None] | None = None,
         snapshot_steps: frozenset[int] = frozenset(),
         describe_window: Callable[[StepValues], dict[str, float]] | None = None,
@@ -121,10 +127,8 @@ class DinoTrainer:
                 `allow_schedule_change`.
         """
         checkpoint = find_checkpoint(self.settings.output_dir, resume_from)
-        warning = on_main(self.accelerator, lambda: check_files(checkpoint))
-        if warning:
-            self.accelerator.print(warning)
-        found = read_state(checkpoint).get("identity", {})
+        on_main(self.accelerator, lambda: check_files(checkpoint))
+        found = read_state(checkpoint)["identity"]
         for option, value in self._identity().items():
             before = found.get(option, value)
             if before != value and not self.settings.allow_schedule_change:
@@ -133,28 +137,36 @@ class DinoTrainer:
                     "original value, or --allow_schedule_change to go on as another run from here"
                 )
         state = load_checkpoint(checkpoint, self.engine)
-        self._load_source(state.get("source", [{}]))
+        self._load_source(state["source"])
         self.step = state["step"]
         self.batches_seen = state["batches_seen"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.bad_indices = set(state["bad_indices"])
         self.window = Window(**state["window"])
         self.monitor.load_state_dict(state["monitor"])
-        self.unwritten_metrics = state.get("unwritten_metrics", [])
+        self.unwritten_metrics = state["unwritten_metrics"]
         return checkpoint
 
     def _load_source(self, states: list[dict[str, Any]]) -> None:
         """Each process takes its own of the states that as many had."""
         processes = self.accelerator.num_processes
-        if not any(states):  # the order is a function of the step, for any number of processes
-            self.source.load_state_dict({})
-        elif len(states) == processes:
-            self.source.load_state_dict(states[self.accelerator.process_index])
-        else:
-            raise InputError(
-                f"--resume_from_checkpoint: {processes} process(es) were launched, but the checkpoint was written by "
-                f"{len(states)}, which each read a share of the stream; launch {len(states)}"
-            )
+        try:
+            if not any(states):  # the order is a function of the step, for any number of processes
+                self.source.load_state_dict({})
+            elif len(states) == processes:
+                self.source.load_state_dict(states[self.accelerator.process_index])
+            else:
+                raise OtherReadersError(
+                    f"--resume_from_checkpoint: {processes} process(es) were launched, but the checkpoint was written "
+                    f"by {len(states)}, which each read a share of the stream; launch {len(states)}"
+                )
+        except OtherReadersError as error:
+            if not self.settings.allow_schedule_change:
+                raise OtherReadersError(
+                    f"{error}, or use --allow_schedule_change to go on at the stream's next epoch"
+                ) from None
+            epoch = self.source.begin_next_epoch(states)
+            self.accelerator.print(f"{error}: --allow_schedule_change, so it goes on at the start of epoch {epoch}")
         self.source_state = self.source.state_dict()
 
     def train(self) -> None:
@@ -177,74 +189,88 @@ class DinoTrainer:
         )
         try:
             with Interrupts() as interrupts, WorkerDeaths() as deaths:
-                if self.step == 0:
-                    self._evaluate(log)
-                self._loop(log, interrupts, deaths)
-            if total not in self._evaluation_steps() and not log.evaluated:
-                self._evaluate(log)
+                self._loop(log, interrupts, Feed(self.source, self.batches_seen, deaths))
         finally:
             log.close()
 
-    def _loop(self, log: RunLog, interrupts: Interrupts, deaths: WorkerDeaths) -> None:
-        settings = self.settings
-        batches = self.source.batches(self.batches_seen)
+    def _loop(self, log: RunLog, interrupts: Interrupts, feed: Feed) -> None:
+        if not log.evaluated:
+            self._evaluate_if_due(log, interrupts)
+        fetched, stop = self._fetch(feed, interrupts)
+        if stop:
+            self._interrupted()
         while self.step < self.schedules.total_steps:
             started = time.perf_counter()
-            try:
-                with deaths.waiting():
-                    micro_batches = next(batches)
-            except WorkerDied as death:
-                raise TrainingError(self._stopped(str(death), RESUME, alone=True)) from death
-            data_wait = time.perf_counter() - started
             values = self.schedules.at(self.step)
-            due = self._log_due(self.step + 1)
-            torch.manual_seed(step_seed(settings.seed, self.batches_seen, self.accelerator.process_index))
-            views = [self.source.views(batch) for batch in micro_batches]
-            self.engine.before_step(self.step, settings.steps_per_epoch, views)
-            if self.snapshot is not None and self.step in self.snapshot_steps:
-                self.snapshot(self.step, views[0], values)
-            try:
-                result = self.engine.step(views, values, diagnostics=due)
-            except NonFiniteLossError as error:
-                raise TrainingError(self._stopped(str(error))) from error
-            if result.skipped and self.accelerator.scaler is None:
-                # a loss scale would be lowered and the next step be finite again; here something is broken
-                raise TrainingError(self._stopped("gradients are not finite, and no step was taken"))
+            result, views = self._step(fetched.micro_batches, values)
             self.batches_seen += 1
             self.source_state = self.source.state_dict()
             self._note_bad_images(views, log)
+            saved = False
             if result.skipped:
                 self._count_skipped(log)
             else:
-                self._count_step(log, result, values, time.perf_counter() - started, data_wait)
-            finished = self.step == self.schedules.total_steps
-            save_due = not result.skipped and self.step % settings.save_steps == 0
-            interrupted = self._any_process(interrupts.requested is not None)
-            if finished or interrupted:
-                self._save_for_good()
-            elif save_due:
-                self._save_if_possible(log)
-            if interrupted and not finished:
-                raise TrainingInterrupted(
-                    f"interrupted after step {self.step}; everything is saved. To resume, run the same command with "
-                    "--resume_from_checkpoint latest"
-                )
+                self._count_step(log, result, values, time.perf_counter() - started, fetched.seconds)
+                # before the evaluation, which may take longer than a machine gives that is about to go
+                saved = self._save_if_due(log)
+                self._evaluate_if_due(log, interrupts)
+            fetched, stop = self._fetch(feed, interrupts)
+            if stop:
+                self._interrupted(saved)
+
+    def _step(self, micro_batches: Sequence[Any], values: StepValues) -> tuple[StepResult, list[Views]]:
+        settings = self.settings
+        torch.manual_seed(step_seed(settings.seed, self.batches_seen, self.accelerator.process_index))
+        views = [self.source.views(batch) for batch in micro_batches]
+        self.engine.before_step(self.step, settings.steps_per_epoch, views)
+        if self.snapshot is not None and self.step in self.snapshot_steps:
+            self.snapshot(self.step, views[0], values)
+        try:
+            result = self.engine.step(views, values, diagnostics=self._log_due(self.step + 1))
+        except NonFiniteLossError as error:
+            raise TrainingError(self._stopped(str(error))) from error
+        if result.skipped and self.accelerator.scaler is None:
+            # a loss scale would be lowered and the next step be finite again; here something is broken
+            raise TrainingError(self._stopped("gradients are not finite, and no step was taken"))
+        return result, views
+
+    def _fetch(self, feed: Feed, interrupts: Interrupts) -> tuple[Fetched, bool]:
+        """What the next step needs, and whether to stop before it; all processes agree, as none can go on alone.
+
+        Raises:
+            TrainingError: in every process, where one cannot read its data.
+        """
+        requested = interrupts.requested is not None
+        fetched = NOTHING if requested or self.step == self.schedules.total_steps else feed.fetch()
+        stop, failed = self._any_process(requested, fetched.error is not None)
+        if failed:
+            reasons = [reason for reason in gather_object([fetched.failure]) if reason is not None]
+            raise TrainingError(self._stopped(reasons[0], RESUME)) from fetched.error
+        return fetched, stop
+
+    def _interrupted(self, saved: bool = False) -> NoReturn:
+        if not saved:
+            self._save_for_good()
+        raise TrainingInterrupted(
+            f"interrupted after step {self.step}; everything is saved. To resume, run the same command with "
+            "--resume_from_checkpoint latest"
+        )
 
     def _count_step(
         self, log: RunLog, result: StepResult, values: StepValues, seconds: float, data_wait: float
     ) -> None:
         self.skipped_in_a_row = 0
         self.step += 1
-        self.window.add(result, seconds, data_wait)
+        self.window.add(result, data_wait + seconds, data_wait)
         message = self.monitor.update(self.step, result.cls_loss, result.teacher_entropy)
         if message:
             log.say(f"warning: {message}")
             log.write({"step": self.step, "collapse": message})
-        log.advance(**self._shown(result, values))
+        offset = self.describe_window(values).get("window_offset")
+        bar = shown(self.window, result, self.settings.images_per_step)
+        log.advance(**bar, **({} if offset is None else {"window": f"{offset:g}"}))
         if self._log_due(self.step):
             self._log(log, result, values)
-        if self.step in self._evaluation_steps():
-            self._evaluate(log)
 
     def save(self, rotate: bool = True) -> Path:
         """Write a checkpoint of the current step; the main process does, and the others wait for it.
@@ -258,11 +284,19 @@ class DinoTrainer:
         keep = self.settings.save_total_limit if rotate else None
         return on_main(self.accelerator, lambda: self._write_checkpoint(state, tensors, keep))
 
-    def _save_if_possible(self, log: RunLog) -> None:
+    def _save_if_due(self, log: RunLog) -> bool:
+        """Whether it was due and done."""
+        if self.step == self.schedules.total_steps:
+            self._save_for_good()
+            return True
+        if self.step % self.settings.save_steps != 0:
+            return False
         try:
             self.save()
         except NotSavedError as error:
             log.say(f"warning: {error}; the run goes on and tries again in {self.settings.save_steps} steps")
+            return False
+        return True
 
     def _save_for_good(self) -> None:
         try:
@@ -294,15 +328,17 @@ class DinoTrainer:
             self.after_save(self.step)
         return path
 
-    def _any_process(self, here: bool) -> bool:
-        """Whether it is so in any process: they must all stop after the same step, whenever a signal reached each."""
+    def _any_process(self, *here: bool) -> list[bool]:
+        """Of each, whether it is so in any process."""
         if self.accelerator.num_processes == 1:
-            return here
-        return self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device)).item() > 0
+            return list(here)
+        flags = torch.tensor(here, dtype=torch.float32, device=self.accelerator.device)
+        return (self.accelerator.reduce(flags) > 0).tolist()
 
     def _finite(self) -> bool:
         """Whether the student's parameters are, in every process."""
-        return not self._any_process(not all(bool(p.isfinite().all()) for p in self.engine.dual.student.parameters()))
+        finite = all(bool(p.isfinite().all()) for p in self.engine.dual.student.parameters())
+        return not self._any_process(not finite)[0]
 
     def _identity(self) -> dict[str, Any]:
         return {"total steps": self.schedules.total_steps, "--seed": self.settings.seed, **self.settings.identity}
@@ -310,16 +346,23 @@ class DinoTrainer:
     def _log_due(self, step: int) -> bool:
         return step % self.settings.logging_steps == 0 or step == self.schedules.total_steps
 
-    def _evaluation_steps(self) -> range:
+    def _evaluation_due(self) -> bool:
         every = self.settings.knn_every
-        return range(every, self.schedules.total_steps + 1, every) if every else range(0)
+        return self.step in (0, self.schedules.total_steps) or (every > 0 and self.step % every == 0)
 
-    def _evaluate(self, log: RunLog) -> None:
-        if self.evaluate is None:
+    def _evaluate_if_due(self, log: RunLog, interrupts: Interrupts) -> None:
+        """Given up where the run is to stop; the run that goes on from this step makes up for it."""
+
+        def stopped() -> bool:
+            return interrupts.requested is not None
+
+        if self.evaluate is None or not self._evaluation_due() or self._any_process(stopped())[0]:
             return
         self.accelerator.wait_for_everyone()
         started = time.perf_counter()
-        numbers = self.evaluate(self.step)
+        numbers = self.evaluate(self.step, stopped)
+        if numbers is None:
+            return
         log.write({"step": self.step, **self._epoch(), **numbers})
         cost = f" ({time.perf_counter() - started:.1f} s)"
         log.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()) + cost)
@@ -330,37 +373,10 @@ class DinoTrainer:
 
     def _log(self, log: RunLog, result: StepResult, values: StepValues) -> None:
         self._share_bad_images(log)
-        window, n = self.window, self.window.steps
-        record = {
-            "step": self.step,
-            **self._epoch(),
-            "loss": window.loss / n,
-            "teacher_entropy": window.entropy / n,
-            "kl": (window.cls_loss - window.entropy) / n,
-            **{name: value / n for name, value in window.parts.items()},
-            "gradient_norm": result.gradient_norm,
-            "learning_rate": values.learning_rate,
-            "weight_decay": values.weight_decay,
-            "momentum_teacher": values.momentum_teacher,
-            "teacher_temp": values.teacher_temp,
-            **self.describe_window(values),
-            "cls_std": result.cls_std,
-            "cls_rank": result.cls_rank,
-            "images_per_second": self.settings.images_per_step * n / window.seconds,
-            "data_wait": window.data_wait / n,
-            "compute": (window.seconds - window.data_wait) / n,
-            "bad_images": len(self.bad_indices),
-        }
-        log.write(record)
+        measured = step_record(self.window, result, values, self.settings.images_per_step)
+        window = self.describe_window(values)
+        log.write({"step": self.step, **self._epoch(), **measured, **window, "bad_images": len(self.bad_indices)})
         self.window = Window()
-
-    def _shown(self, result: StepResult, values: StepValues) -> dict[str, str]:
-        window = self.window
-        shown = {"loss": f"{result.loss:.3f}"}
-        if window.steps:
-            shown["img/s"] = f"{self.settings.images_per_step * window.steps / window.seconds:.0f}"
-        offset = self.describe_window(values).get("window_offset")
-        return shown if offset is None else {**shown, "window": f"{offset:g}"}
 
     def _note_bad_images(self, micro_batches: Sequence[Views], log: RunLog) -> None:
         for views in micro_batches:
@@ -381,12 +397,12 @@ class DinoTrainer:
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(self._stopped(f"gradients were not finite {self.skipped_in_a_row} times in a row"))
 
-    def _stopped(self, reason: str, advice: str = LEARN_GENTLER, alone: bool = False) -> str:
-        """Save what there is, unless it is spoiled; and not `alone` while other processes know of nothing."""
-        saved = [path.name for path in list_checkpoints(self.settings.output_dir)]
-        kept = f"The last good checkpoint is {saved[-1]}" if saved else "There is no checkpoint yet"
+    def _stopped(self, reason: str, advice: str = LEARN_GENTLER) -> str:
+        """Save what there is, unless it is spoiled; call it in all processes."""
+        saved = last_checkpoint(self.settings.output_dir)
+        kept = f"The last good checkpoint is {saved.name}" if saved is not None else "There is no checkpoint yet"
         try:
-            if not (alone and self.accelerator.num_processes > 1) and self._finite():
+            if self._finite():
                 self.save(rotate=False)  # what was saved before may be the better place to go on from
                 kept = f"The network of the last good step is in checkpoint-{self.step}"
         except NotSavedError as error:

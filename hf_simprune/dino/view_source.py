@@ -4,7 +4,12 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+from ..errors import InputError
 from .engine import Views
+
+
+class OtherReadersError(InputError):
+    """The state is of another stream, or of readers that shared it differently: nobody can go on in its middle."""
 
 
 class ViewSource(Protocol):
@@ -16,6 +21,10 @@ class ViewSource(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def begin_next_epoch(self, states: Sequence[dict[str, Any]]) -> int:
+        """Go on at the start of the epoch after all those that `states` are in; returns its number, from 0."""
+        ...
 
     def batches(self, start: int) -> Iterator[Sequence[Any]]: ...
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.streams import START, Place, StreamError
+from ..data.streams import START, Place
 from ..errors import InputError
 from .augmentation import AugmentationConfig
 from .batch import Batch, collate
@@ -16,6 +16,8 @@ from .interrupts import outlive_interrupts
 from .photometric import apply_photometric
 from .sampler import GlobalBatchSampler
 from .streaming import StreamingMultiCropDataset, collate_with_place
+from .trainer_state import is_count
+from .view_source import OtherReadersError
 
 
 T = TypeVar("T")
@@ -74,6 +76,10 @@ class LoaderSource:
         """Nothing: the order is a function of the step."""
         return {}
 
+    def begin_next_epoch(self, states: Sequence[dict[str, Any]]) -> int:
+        """Never asked for, as any number of processes and workers can go on."""
+        raise NotImplementedError
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises InputError when there is a state, as it is a stream's."""
         if state:
@@ -117,7 +123,6 @@ class StreamSource:
         """Places of the readers after the micro-batches handed out, and what these depend on."""
         return {
             "workers": len(self._places),
-            "batch": self.per_device_batch,
             "layout": self.layout,
             "turn": self._turn,
             "places": list(self._places),
@@ -127,47 +132,45 @@ class StreamSource:
         """Go on from `state`.
 
         Raises:
-            InputError: it is of another stream, or of readers that shared it differently.
+            OtherReadersError: it is of another stream, or of readers that shared it differently.
+            InputError: it is not a stream's.
         """
         if not state:
             raise InputError(
                 "--resume_from_checkpoint: the checkpoint holds no place in a stream, so this cannot be the run that "
                 "wrote it; resume without --streaming, or with the version that it was written with"
             )
-        kept = (
-            "a stream is gone on with by as many processes and workers and in batches of the size that it began with"
-        )
-        if state["workers"] != len(self._places):
-            raise InputError(
-                f"--dataloader_num_workers {self.num_workers}: the checkpoint's run had {state['workers']}; {kept}"
+        if state.get("layout") != self.layout:
+            raise OtherReadersError(
+                "--resume_from_checkpoint: the stream is another one than the checkpoint's "
+                f"({state.get('layout')} then, {self.layout} now); resume with the data it was written with"
             )
-        if state["batch"] != self.per_device_batch:
-            raise InputError(
-                f"--per_device_train_batch_size {self.per_device_batch}: the checkpoint's run had {state['batch']}; "
-                f"{kept}"
+        places, turn = state.get("places", []), state.get("turn")
+        if state.get("workers") != len(self._places) or len(places) != len(self._places):
+            raise OtherReadersError(
+                f"--dataloader_num_workers {self.num_workers}: the checkpoint's run had {state.get('workers')}, which "
+                "each read a share of the stream; use as many"
             )
-        if state["layout"] != self.layout:
-            raise InputError(
-                f"--resume_from_checkpoint: the stream is another one than the checkpoint's ({state['layout']} then, "
-                f"{self.layout} now); resume with the data it was written with"
-            )
-        self._places, self._turn = list(state["places"]), state["turn"]
+        if not is_count(turn) or turn >= len(places):
+            raise InputError(f"--resume_from_checkpoint: the checkpoint names no reader that could be {turn}")
+        self._places, self._turn = list(places), turn
+
+    def begin_next_epoch(self, states: Sequence[dict[str, Any]]) -> int:
+        """As if all that is left of the epoch that `states` are in had been read."""
+        epoch = 1 + max(place["epoch"] for state in states for place in state.get("places", [START]))
+        self._places, self._turn = [START | {"epoch": epoch} for _ in self._places], 0
+        return epoch
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
         """From the loaded state on, or from the beginning, without end; `start` says no more than that."""
         dataset = self.open_stream(self._places, self._turn)
         options = loader_options(self.num_workers, self.device) | {"collate_fn": collate_with_place}
         loader = DataLoader(dataset, batch_size=self.per_device_batch, **options)
-        try:
-            for group in grouped(iter(loader), self.accumulation):
-                for _, place in group:  # a loader takes from its workers in turn
-                    self._places[self._turn] = place
-                    self._turn = (self._turn + 1) % len(self._places)
-                yield [batch for batch, _ in group]
-        except StreamError as error:
-            raise StreamError(
-                f"{error}; what was saved is safe: once it can be read, resume with --resume_from_checkpoint latest"
-            ) from error
+        for group in grouped(iter(loader), self.accumulation):
+            for _, place in group:  # a loader takes from its workers in turn
+                self._places[self._turn] = place
+                self._turn = (self._turn + 1) % len(self._places)
+            yield [batch for batch, _ in group]
 
     def views(self, batch: Batch) -> Views:
         return finished_views(batch, self.config, self.device)

@@ -24,6 +24,10 @@ _MOST = {
     "num_labels": 2**20,
 }
 _LONGEST = 300  # characters of a message
+_CONVERT = (
+    " (pickled weights are not read, as they can hold code: if you trust the file, convert it once with "
+    "`AutoModel.from_pretrained(NAME, use_safetensors=False).save_pretrained(FOLDER)`, with the class the model has)"
+)
 
 
 @contextmanager
@@ -38,7 +42,8 @@ def reading(what: str) -> Iterator[None]:
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise InputError(f"{what}: {in_one_line(error)}") from error
+        pickled = _CONVERT if "model.safetensors" in str(error) and isinstance(error, OSError) else ""
+        raise InputError(f"{what}: {in_one_line(error)}{pickled}") from error
 
 
 def in_one_line(error: Exception) -> str:

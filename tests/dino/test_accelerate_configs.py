@@ -44,9 +44,17 @@ def test_accelerate_reads_it_and_its_head_tells_how_to_launch(name):
     assert config.mixed_precision == ("bf16" if name == "single_gpu" else "no")
 
 
-def test_what_is_untested_is_said():
-    for name in ("multi_gpu", "multi_node", "fsdp2"):
-        assert "# Untested" in (FOLDER / f"{name}.yaml").read_text()
+@pytest.mark.parametrize("name", KINDS)
+def test_that_it_is_untested_is_said_of_all_that_needs_several_gpus_and_of_nothing_else(name):
+    path = FOLDER / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    head = path.read_text().partition("\ncompute_environment")[0].splitlines()
+    said = [line for line in head if line.startswith("# Untested")]
+    if config.num_processes > 1 and not config.use_cpu:
+        (line,) = said
+        assert "GPUs" in line and ("tested on CPUs over gloo" in " ".join(head) or config.num_machines > 1)
+    else:
+        assert not any("ntested" in line for line in head)
 
 
 def test_the_launcher_makes_of_the_fsdp_file_what_the_training_supports():

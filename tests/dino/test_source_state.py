@@ -90,12 +90,3 @@ def test_states_of_more_processes_than_there_are_now_are_refused(tmp_path):
     one_line_naming(error, "1 process(es)", "written by 2", "launch 2")
     rewrite(path, state | {"source": [{}, {}]})  # a data set's order is the same for any number
     trainer(tmp_path, FixedViews(), total=3).resume("latest")
-
-
-def test_checkpoints_of_earlier_versions_resume_where_the_order_follows_from_the_step(tmp_path):
-    trainer(tmp_path, FixedViews(dtype=torch.float32), total=3).train()
-    path = tmp_path / "checkpoint-3" / "trainer_state.json"
-    state = json.loads(path.read_text())
-    assert state.pop("source") == [{}]
-    rewrite(path, state)
-    trainer(tmp_path, FixedViews(dtype=torch.float32), total=3).resume("latest")

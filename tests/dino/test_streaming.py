@@ -14,6 +14,7 @@ from hf_simprune.dino.crops import make_views
 from hf_simprune.dino.data import BadImageError, MultiCropDataset
 from hf_simprune.dino.run_data import open_data
 from hf_simprune.dino.streaming import StreamingMultiCropDataset, content_key
+from hf_simprune.dino.view_source import OtherReadersError
 from hf_simprune.dino.views import LoaderSource, StreamSource
 from hf_simprune.errors import InputError, TrainingError
 
@@ -160,7 +161,7 @@ def test_a_shard_that_cannot_be_read_ends_the_run_in_one_line_that_names_it(tmp_
     broken.write_bytes(broken.read_bytes()[:2600])
     with pytest.raises(TrainingError) as error:
         read_steps(source, 20)
-    one_line_naming(error, "shard 2 of the stream", "--resume_from_checkpoint latest")
+    one_line_naming(error, "shard 2 of the stream")
 
 
 def test_more_workers_than_shards_share_the_rows(parquet):
@@ -173,15 +174,56 @@ def test_more_workers_than_shards_share_the_rows(parquet):
     ("changes", "words"),
     [
         ({"workers": 1}, ("--dataloader_num_workers 1", "had 2")),
-        ({"batch": 5}, ("--per_device_train_batch_size 5", "had 3")),
         ({"block": 8}, ("--resume_from_checkpoint", "another one", "'block_rows': 8")),
     ],
 )
 def test_a_stream_is_not_read_on_by_other_readers(shards, changes, words):
     state = stream_source(shards, workers=2).state_dict()
-    with pytest.raises(InputError) as error:
+    with pytest.raises(OtherReadersError) as error:
         stream_source(shards, **{"workers": 2, **changes}).load_state_dict(state)
     one_line_naming(error, *words)
+
+
+def test_another_data_set_is_refused_even_where_it_lies_in_as_many_shards(tmp_path: Path, shards):
+    state = stream_source(shards).state_dict()
+    other = stream_source(FORMATS["parquet"](tmp_path / "other", (3, 3, 3, 3)))
+    differ = {key for key, value in other.layout.items() if state["layout"][key] != value}
+    assert differ == {"first_row"}
+    with pytest.raises(OtherReadersError) as error:
+        other.load_state_dict(state)
+    one_line_naming(error, "--resume_from_checkpoint", "another one", "resume with the data it was written with")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_same_data_in_another_place_is_gone_on_with(tmp_path: Path, kind):
+    here, there = (stream_source(FORMATS[kind](tmp_path / place, SIZES)) for place in ("here", "there"))
+    read = read_steps(here, 2)
+    there.load_state_dict(read[0][1])
+    assert read_steps(there, 1) == read[1:]
+
+
+def test_other_batches_go_on_with_the_example_that_comes_next(tmp_path: Path):
+    files = FORMATS["parquet"](tmp_path / "set", SIZES)
+    undisturbed = [crops for crops, _ in read_steps(stream_source(files, batch=1), 20)]
+    _, (_, state) = read_steps(stream_source(files, batch=3), 2)
+    smaller = stream_source(files, batch=2)
+    smaller.load_state_dict(state)
+    assert sum(undisturbed[6:14], []) == sum((crops for crops, _ in read_steps(smaller, 4)), [])
+
+
+@pytest.mark.parametrize("before", [(1, 0), (1, 2), (2, 0)], ids=["alone", "two workers", "two processes"])
+def test_other_readers_can_begin_the_next_epoch_and_leave_out_the_rest_of_this_one_only(tmp_path: Path, before):
+    files, (world, workers) = FORMATS["parquet"](tmp_path / "set", SIZES), before
+    sources = [stream_source(files, workers, world, rank, batch=2) for rank in range(world)]
+    seen = [crops for source in sources for step, _ in read_steps(source, 3) for crops in step]
+    assert len(seen) == 6 * world and set(seen) < crops_in(0)
+    then = [stream_source(files, world=3, rank=rank, batch=1) for rank in range(3)]
+    assert [source.begin_next_epoch([source.state_dict() for source in sources]) for source in then] == [1, 1, 1]
+    after = []
+    for source in then:  # shares differ in size
+        steps = read_steps(source, sum(SIZES))
+        after += [crops for [crops], state in steps if state["places"][0]["epoch"] == 1]
+    assert len(after) == sum(SIZES) and set(after) == crops_in(1)
 
 
 def test_streams_and_data_sets_do_not_take_each_others_places(parquet, shards):

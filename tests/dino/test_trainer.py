@@ -41,7 +41,7 @@ def test_resumed_run_equals_the_undisturbed_one_to_the_last_digit(tmp_path, redu
     straight = build(whole, reduction=reduction)
     straight.train()
 
-    def stop_at_7(step):
+    def stop_at_7(step, stopped):
         if step == 7:
             os.kill(os.getpid(), signal.SIGINT)
         return {"knn_accuracy": 0.5}
@@ -92,7 +92,7 @@ def test_averages_over_the_logging_interval_survive_a_resumption(tmp_path):
 
 
 def test_sigterm_saves_and_says_how_to_resume(tmp_path):
-    def stop(step):
+    def stop(step, stopped):
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return {"knn_accuracy": 0.5}
@@ -210,7 +210,10 @@ def test_collapse_is_written_to_the_metrics(tmp_path, capsys):
 
 
 def test_metrics_hold_the_promised_numbers(tmp_path):
-    trainer = build(tmp_path, evaluate=lambda step: {"knn_accuracy": step / 100}, knn_every=6, steps_per_epoch=4)
+    def evaluate(step, stopped):
+        return {"knn_accuracy": step / 100}
+
+    trainer = build(tmp_path, evaluate=evaluate, knn_every=6, steps_per_epoch=4)
     trainer.describe_window = lambda values: {"window_offset": round(values.window_progress * 6)}
     trainer.train()
     records = lines(tmp_path)

@@ -14,6 +14,8 @@ import pytest
 import safetensors.torch
 from safetensors import SafetensorError
 
+from hf_simprune.dino.folder_lock import LOCK_FILE
+
 
 MIB = 2**20
 
@@ -101,7 +103,8 @@ def visible(folder: Path) -> list[str]:
 
 
 def hidden(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob(".*"))
+    """What is left of unfinished files and folders."""
+    return sorted(path.name for path in folder.rglob(".*") if path != folder / LOCK_FILE)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 
 from hf_simprune.errors import InputError
 
+from .fuzzed_states import trainer_states
 from .mutations import mutated_safetensors, mutated_text
 
 
@@ -334,4 +335,5 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "--plan": _plans,
     "--config": _settings,
     "--resume_from_checkpoint": _resumed,
+    "trainer_state.json": trainer_states,
 }

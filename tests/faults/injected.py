@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from itertools import count
 from pathlib import Path
 
@@ -61,11 +62,13 @@ def arm(
     spoil: dict | None = None,
     crash_at: int | None = None,
     pictures: bool = False,
+    slow_knn: dict | None = None,
 ) -> None:
     """Put the faults in place, before a run starts.
 
     record: file for the list of events; kill_at: the event, counted from 1; tear: and what was being written is torn;
-    spoil: of `spoil_numbers`; crash_at: the step, counted from 1, in which something unforeseen happens.
+    spoil: of `spoil_numbers`; crash_at: the step, counted from 1, in which something unforeseen happens;
+    slow_knn: of `_slow_knn`.
     """
     from hf_simprune.dino import engine, run
     from hf_simprune.dino.online_knn import OnlineKnn
@@ -76,6 +79,8 @@ def arm(
         spoil_numbers(**spoil)
     if crash_at is not None:
         _crash(crash_at)
+    if slow_knn:
+        _slow_knn(**slow_knn)
     if record is None and kill_at is None:
         return
     events = Events(folder, kill_at, tear)
@@ -130,6 +135,26 @@ def _crash(at: int) -> None:
         return original(self, *arguments, **options)
 
     DinoEngine.step = crashing
+
+
+def _slow_knn(step: int, seconds: float, begun: str) -> None:
+    """In the evaluation of a step every image takes that long; a file tells that it has begun."""
+    from hf_simprune.dino.online_knn import LabelledImages, OnlineKnn
+
+    evaluate, readable, slow = OnlineKnn.__call__, LabelledImages.readable, []
+
+    def evaluated(self, now, *arguments):
+        slow[:] = [True] * (now == step)
+        return evaluate(self, now, *arguments)
+
+    def slowly_readable(self, *arguments):
+        for image in readable(self, *arguments):
+            if slow:
+                Path(begun).touch()
+                time.sleep(seconds)
+            yield image
+
+    OnlineKnn.__call__, LabelledImages.readable = evaluated, slowly_readable
 
 
 def spoil_numbers(step: int, where: str, value: float) -> None:

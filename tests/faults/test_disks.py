@@ -33,7 +33,7 @@ from hf_simprune.rba.output import building
 from ..dino.conftest import tiny_dual, tiny_engine
 from ..tiny_run import words
 from .failing_disk import MIB, FailingDisk, contents, empty, fill, hidden, set_writable, small_disk, visible
-from .tiny_trainer import STEPS, build, same, tensors, untimed
+from .tiny_trainer import STATE, STEPS, build, same, tensors, untimed
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_a_checkpoint_that_fails_at_any_call_leaves_the_last_one_as_it_was(
     tmp_path, monkeypatch, trials, code, lasting, step
 ):
     engine = tiny_engine(tiny_dual(dtype=torch.float32))
-    write_checkpoint(tmp_path, checkpoint_tensors(engine), {"step": 5, "which": "old"})
+    write_checkpoint(tmp_path, checkpoint_tensors(engine), STATE | {"step": 5, "which": "old"})
     before = contents(tmp_path)
     with torch.no_grad():
         next(engine.dual.parameters()).add_(1)
@@ -64,7 +64,7 @@ def test_a_checkpoint_that_fails_at_any_call_leaves_the_last_one_as_it_was(
     for call in range(1, 100):
         disk.fail(call, None if lasting else 1)
         try:
-            write_checkpoint(tmp_path, changed, {"step": step, "which": "new"})
+            write_checkpoint(tmp_path, changed, STATE | {"step": step, "which": "new"})
             error = None
         except NotSavedError as caught:
             error = caught
@@ -171,7 +171,7 @@ def test_an_output_that_cannot_take_messages_does_not_end_the_run(tmp_path, monk
 
     monkeypatch.setattr("hf_simprune.dino.runlog.tqdm.write", full)
     monkeypatch.setattr("hf_simprune.dino.runlog.tqdm.update", full)
-    trainer = build(tmp_path / "run", evaluate=lambda step: {"knn_accuracy": 0.5})
+    trainer = build(tmp_path / "run", evaluate=lambda step, stopped: {"knn_accuracy": 0.5})
     trainer.train()
     assert same(tensors(trainer), undisturbed[1])
 

@@ -20,7 +20,7 @@ from .failing_disk import hidden
 from .tiny_trainer import STEPS, Killed, build, untimed
 
 
-def accuracy(step):
+def accuracy(step, stopped):
     return {"knn_accuracy": step / 100}
 
 
@@ -126,10 +126,10 @@ class TestKilled:
     def test_by_the_last_evaluation_and_resumed(self, tmp_path, undisturbed, evaluated):
         folder, asked = tmp_path / "run", []
 
-        def killed_evaluation(step):
+        def killed_evaluation(step, stopped):
             if step == STEPS:
                 raise Killed
-            return accuracy(step)
+            return accuracy(step, stopped)
 
         trainer = build(folder, evaluate=accuracy if evaluated else killed_evaluation, knn_every=5)
         if evaluated:
@@ -137,7 +137,12 @@ class TestKilled:
         else:
             with pytest.raises(Killed):
                 trainer.train()
-        resumed = build(folder, weights=9, evaluate=lambda step: asked.append(step) or accuracy(step), knn_every=5)
+
+        def recorded(step, stopped):
+            asked.append(step)
+            return accuracy(step, stopped)
+
+        resumed = build(folder, weights=9, evaluate=recorded, knn_every=5)
         resumed.resume("latest")
         resumed.train()
         assert untimed(folder) == undisturbed and asked == ([] if evaluated else [STEPS])

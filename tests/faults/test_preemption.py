@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from hf_simprune.errors import TrainingInterrupted
+
 from ..tiny_run import RECIPE, environment, words
+from .test_ranks import run_two
+from .tiny_trainer import STEPS, build, untimed
 from .warm_runs import (
     WITH_WORKERS,
     assert_equal_runs,
@@ -71,6 +75,85 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_step_and_no_process(
     trials("SIGTERM to the training process or its group, resumed bit-equal", len(ways))
 
 
+OFTEN = {"max_steps": 4, "save_steps": 2, "knn_every": 2}
+
+
+@pytest.fixture(scope="module")
+def evaluated(warm, images, tmp_path_factory) -> Path:
+    """The folder of a run with the options `OFTEN` that nothing happened to."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    status = warm.run(folder / "log", output_dir=folder / "run", dataset_name_or_path=images, **OFTEN)
+    assert status == 0, last_lines(folder / "log")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("step", [2, *(pytest.param(n, marks=pytest.mark.faults) for n in (0, 4))])
+def test_sigterm_in_an_evaluation_of_minutes_ends_the_run_at_once_and_resuming_makes_up_for_it(
+    warm, images, evaluated, step, tmp_path, trials
+):
+    folder, log, begun = tmp_path / "run", tmp_path / "log", tmp_path / "begun"
+    options = {**OFTEN, "dataset_name_or_path": images, "output_dir": folder}
+    slow = {"step": step, "seconds": 3.0, "begun": str(begun)}  # for each of 40 images
+    pid, deadline = warm.start(log, {"slow_knn": slow}, **options), time.monotonic() + 120
+    while not begun.exists():
+        assert time.monotonic() < deadline, last_lines(log)
+        time.sleep(0.01)
+    assert checkpoints(folder) == [step] * (step > 0)  # what was computed is safe before
+    os.kill(pid, signal.SIGTERM)
+    started = time.monotonic()
+    assert warm.wait(pid, 60) == 130, last_lines(log)
+    assert time.monotonic() - started < 30
+    assert checkpoints(folder) == [step] and f"interrupted after step {step}" in log.read_text()
+    assert warm.run(log, resume_from_checkpoint="latest", **options) == 0, last_lines(log)
+    assert_equal_runs(evaluated, folder)
+    trials("SIGTERM in an evaluation, resumed bit-equal", 1)
+
+
+def accuracy(step, stopped):
+    return None if stopped() else {"knn_accuracy": step / 100}
+
+
+@pytest.fixture(scope="module")
+def whole_log(tmp_path_factory):
+    """Of a run in this process that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    build(folder, evaluate=accuracy, knn_every=3).train()
+    return untimed(folder)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["in it", "before it"])
+@pytest.mark.parametrize("at", [0, 3, STEPS])
+def test_sigterm_at_an_evaluation_saves_its_step_and_the_resumed_runs_log_is_whole(
+    tmp_path, whole_log, before, at, monkeypatch
+):
+    folder, asked = tmp_path / "run", []
+
+    def terminated(step, stopped):
+        asked.append(step)
+        if step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return accuracy(step, stopped)
+
+    trainer = build(folder, evaluate=terminated, knn_every=3)
+    due = trainer._evaluation_due
+
+    def terminated_before():
+        if trainer.step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return due()
+
+    if before:
+        monkeypatch.setattr(trainer, "_evaluation_due", terminated_before)
+    with pytest.raises(TrainingInterrupted, match=f"after step {at};"):
+        trainer.train()
+    assert (at in asked) is not before
+    assert [line["step"] for line in untimed(folder) if "knn_accuracy" in line] == list(range(0, at, 3))
+    resumed = build(folder, weights=9, evaluate=accuracy, knn_every=3)
+    assert resumed.resume("latest").name == f"checkpoint-{at}"
+    resumed.train()
+    assert untimed(folder) == whole_log
+
+
 def processes_with(mark: str) -> list[int]:
     """Processes, in whatever session, whose environment holds a mark; a launcher starts sessions of its own."""
     found = []
@@ -87,7 +170,7 @@ def processes_with(mark: str) -> list[int]:
 
 def torchrun(folder: Path, mark: str, **options) -> subprocess.Popen:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    line = words(output_dir=folder, **{**WITH_WORKERS, "per_device_train_batch_size": 4, **options})
+    line = words(output_dir=folder, **options)
     return subprocess.Popen(
         [*launch, str(RECIPE), *line],
         env=environment(HF_HUB_OFFLINE="1", FAULT_MARK=mark),
@@ -98,11 +181,20 @@ def torchrun(folder: Path, mark: str, **options) -> subprocess.Popen:
     )
 
 
+@pytest.fixture(scope="module")
+def of_two(warm, images, tmp_path_factory) -> tuple[dict, Path]:
+    """Options for two processes of two workers, and the folder of such a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("of-two")
+    options = {**WITH_WORKERS, "per_device_train_batch_size": 4, "dataset_name_or_path": images}
+    run_two(warm, folder / "log", output_dir=folder / "run", **options)
+    return options, folder / "run"
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("to_group", [False, True], ids=["parent", "group"])
-def test_sigterm_to_torchrun_does_too(images, to_group, tmp_path, trials):
-    folder, mark = tmp_path / "run", f"mark-{tmp_path}"
-    launcher = torchrun(folder, mark, dataset_name_or_path=images)
+def test_sigterm_to_torchrun_does_too(warm, of_two, to_group, tmp_path, trials):
+    folder, mark, (options, whole) = tmp_path / "run", f"mark-{tmp_path}", of_two
+    launcher = torchrun(folder, mark, **options)
     try:
         wait_for_steps(folder, 4, launcher)
         os.killpg(launcher.pid, signal.SIGTERM) if to_group else os.kill(launcher.pid, signal.SIGTERM)
@@ -117,4 +209,6 @@ def test_sigterm_to_torchrun_does_too(images, to_group, tmp_path, trials):
     finally:
         for pid in processes_with(mark):
             os.kill(pid, signal.SIGKILL)
-    trials(f"SIGTERM to {'the group of ' if to_group else ''}torchrun with two processes of two workers", 1)
+    run_two(warm, tmp_path / "resumed", output_dir=folder, resume_from_checkpoint="latest", **options)
+    assert_equal_runs(whole, folder)
+    trials(f"SIGTERM to {'the group of ' if to_group else ''}torchrun with two processes, resumed bit-equal", 1)

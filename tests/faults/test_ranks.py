@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from .warm_runs import WarmServer, assert_equal_runs, checkpoints, last_lines, wait_until_none_is_left
+from .warm_runs import (
+    WITH_WORKERS,
+    WarmServer,
+    assert_equal_runs,
+    checkpoints,
+    last_lines,
+    processes_of,
+    wait_for_steps,
+    wait_until_none_is_left,
+)
 
 
 OPTIONS = {"max_steps": 8, "save_steps": 2, "knn_every": 4, "per_device_train_batch_size": 4}
@@ -66,3 +75,28 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_run_can_go_o
         run_two(warm, log, output_dir=folder, resume_from_checkpoint="latest", **options)
         assert_equal_runs(whole, folder)
     trials("one of two processes killed, the other ended, both resumed bit-equal", len(victims))
+
+
+@pytest.mark.faults
+def test_when_one_of_two_loses_a_worker_both_end_in_one_line_at_a_checkpoint_and_can_go_on(
+    warm, images, tmp_path, trials
+):
+    options = {**WITH_WORKERS, "per_device_train_batch_size": 4, "dataset_name_or_path": images}
+    run_two(warm, tmp_path / "whole", output_dir=tmp_path / "whole-run", **options)
+    for loser in (0, 1):
+        folder, log = tmp_path / f"run-{loser}", tmp_path / f"log-{loser}"
+        pids = start_two(warm, log, output_dir=folder, **options)
+        wait_for_steps(folder, 2 + loser)
+        victim = next(pid for pid in processes_of(pids[loser]) if pid != pids[loser])
+        os.kill(victim, signal.SIGKILL)
+        logs = [log.with_suffix(f".{rank}.log") for rank in (0, 1)]
+        assert [warm.wait(pid, 120) for pid in pids] == [1, 1], list(map(last_lines, logs))
+        (line,) = re.findall("^error: .*$", "".join(path.read_text() for path in logs), re.M)  # said by one
+        step = int(re.match(r"error: stopped at step (\d+): ", line)[1])
+        assert f"worker (process {victim})" in line and f"checkpoint-{step}" in line
+        assert checkpoints(folder) == [step]
+        for pid in pids:
+            wait_until_none_is_left(pid)
+        run_two(warm, log, output_dir=folder, resume_from_checkpoint="latest", **options)
+        assert_equal_runs(tmp_path / "whole-run", folder)
+    trials("loader workers of one of two processes killed, both saved and resumed bit-equal", 2)

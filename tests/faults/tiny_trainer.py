@@ -7,12 +7,18 @@ from typing import Any
 import torch
 
 from hf_simprune.dino.trainer import DinoTrainer, LoopSettings
+from hf_simprune.dino.window import Window
 
 from ..dino.conftest import FixedViews, tiny_dual, tiny_engine, tiny_schedules
 from ..tiny_run import TIMING
 
 
 STEPS = 12
+# A trainer's state, but for its step, before anything has happened.
+STATE: dict[str, Any] = {
+    "batches_seen": 0, "source": [{}], "skipped_in_a_row": 0, "bad_indices": [], "window": vars(Window()),
+    "monitor": {"uniform_steps": 0, "one_prototype_steps": 0}, "scaler": None, "identity": {}, "unwritten_metrics": [],
+}  # fmt: skip
 
 
 class Killed(BaseException):

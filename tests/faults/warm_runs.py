@@ -17,6 +17,7 @@ from ..tiny_run import ROOT, environment, untimed, words
 
 # numpy's and Arrow's libraries would start threads as soon as they are imported
 WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+BUFFERED = {"PYTHONUNBUFFERED": ""}  # standard output, as where nobody has set anything
 # A run that is long enough for something to happen to it and that saves nothing before.
 WITH_WORKERS = {"max_steps": 16, "save_steps": 100, "knn_every": 0, "dataloader_num_workers": 2}
 PATIENCE = 300.0  # seconds; the machine may have much else to do
@@ -29,7 +30,7 @@ class WarmServer:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.warm_server"],
             cwd=ROOT,
-            env=environment(HF_HUB_OFFLINE="1", **WITHOUT_THREADS),
+            env=environment(HF_HUB_OFFLINE="1", **WITHOUT_THREADS, **BUFFERED),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -48,15 +47,10 @@ def load_recipe():
 
 
 def warm_up() -> None:
-    """Import, and do once what the libraries prepare when it is first done."""
-    from transformers import ViTConfig, ViTModel
-
+    """Import what a run needs."""
     import hf_simprune.dino.argument_parsing
     import hf_simprune.dino.run  # noqa: F401
 
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    with tempfile.TemporaryDirectory() as folder:
-        ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(folder)
     gc.collect()
     gc.freeze()  # forks need not look through all of it again
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import Dinov2Config
 
-from hf_simprune.dino.checkpoint import save_checkpoint
 from hf_simprune.dino.dinov2.objective import Dinov2Objective
 from hf_simprune.dino.engine import Views
 from hf_simprune.dino.trainer import DinoTrainer, LoopSettings
@@ -179,7 +178,7 @@ def test_a_resumed_run_equals_the_undisturbed_one_to_the_last_digit(tmp_path, re
     straight = build(whole, reduction, centering)
     straight.train()
 
-    def stop_at_5(step):
+    def stop_at_5(step, stopped):
         if step == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return {"knn_accuracy": 0.5}
@@ -201,10 +200,10 @@ def test_a_resumed_run_equals_the_undisturbed_one_to_the_last_digit(tmp_path, re
 
 
 def test_a_checkpoint_of_another_objective_or_centring_is_refused(tmp_path):
-    save_checkpoint(tmp_path, build(tmp_path, "none", "centering").engine, {"step": 1})
+    build(tmp_path, "none", "centering").save()
     with pytest.raises(InputError, match="another --objective or --centering"):
         build(tmp_path, "none", "sinkhorn_knopp").resume("latest")
-    dino = DinoTrainer(tiny_engine(), tiny_schedules(), MaskedViews(), loop_settings(tmp_path))
+    dino = DinoTrainer(tiny_engine(), tiny_schedules(8), MaskedViews(), loop_settings(tmp_path))
     with pytest.raises(InputError, match="another architecture"):
         dino.resume("latest")
 

@@ -99,10 +99,10 @@ def test_an_interrupted_and_resumed_run_equals_the_undisturbed_one(train, monkey
     straight = train("straight", knn_every=2, **options)
     evaluate = OnlineKnn.__call__
 
-    def interrupted(self, step):
+    def interrupted(self, step, stopped):
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return evaluate(self, step)
+        return evaluate(self, step, stopped)
 
     monkeypatch.setattr(OnlineKnn, "__call__", interrupted)
     with pytest.raises(TrainingInterrupted, match="after step 2"):

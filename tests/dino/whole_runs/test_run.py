@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, DeiTModel, ViTConfig, ViTImageProcessor, ViTModel
 
 from hf_simprune.dino.argument_parsing import parse_arguments
+from hf_simprune.dino.engine import DinoEngine
 from hf_simprune.dino.export import load_teacher_backbone
 from hf_simprune.dino.online_knn import OnlineKnn
 from hf_simprune.dino.run import run_training
@@ -162,6 +163,18 @@ class TestOutputFolder:
             assert metrics(folder)[-1][key] == pytest.approx(accuracy)
 
 
+def interrupt_evaluation_of(wanted, monkeypatch):
+    """Ctrl-C while the k-NN of that step is at work."""
+    evaluate = OnlineKnn.__call__
+
+    def interrupted(self, step, stopped):
+        if step == wanted:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(self, step, stopped)
+
+    monkeypatch.setattr(OnlineKnn, "__call__", interrupted)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -175,13 +188,7 @@ class TestOutputFolder:
 def test_an_interrupted_and_resumed_run_equals_the_undisturbed_one(train, monkeypatch, options):
     straight = train("straight", knn_every=3, **options)
     evaluate = OnlineKnn.__call__
-
-    def interrupted(self, step):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return evaluate(self, step)
-
-    monkeypatch.setattr(OnlineKnn, "__call__", interrupted)
+    interrupt_evaluation_of(3, monkeypatch)
     with pytest.raises(TrainingInterrupted, match="after step 3.*--resume_from_checkpoint latest"):
         train("parts", knn_every=3, **options)
     monkeypatch.setattr(OnlineKnn, "__call__", evaluate)
@@ -190,17 +197,22 @@ def test_an_interrupted_and_resumed_run_equals_the_undisturbed_one(train, monkey
     assert same_network(parts, straight)
 
 
-def test_an_interrupt_just_before_the_end_lets_the_run_end(train, monkeypatch):
-    evaluate = OnlineKnn.__call__
-
-    def interrupted(self, step):
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return evaluate(self, step)
-
-    monkeypatch.setattr(OnlineKnn, "__call__", interrupted)
-    folder = train(knn_every=6)
+def test_a_run_interrupted_in_its_last_evaluation_is_saved_and_only_that_and_the_result_are_left(
+    train, monkeypatch, tmp_path
+):
+    evaluate, folder = OnlineKnn.__call__, tmp_path / "run"
+    interrupt_evaluation_of(6, monkeypatch)
+    with pytest.raises(TrainingInterrupted, match="after step 6.*--resume_from_checkpoint latest"):
+        train(knn_every=6)
+    assert (folder / "checkpoint-6").exists() and not (folder / "model.safetensors").exists()
+    assert [record["step"] for record in metrics(folder) if "knn_accuracy" in record] == [0]
+    steps = metrics(folder)
+    monkeypatch.setattr(OnlineKnn, "__call__", evaluate)
+    monkeypatch.setattr(DinoEngine, "step", lambda *a, **k: pytest.fail("a step was taken again"))
+    train(knn_every=6, resume_from_checkpoint="latest")
     assert (folder / "model.safetensors").exists()
+    assert metrics(folder)[:-1] == steps and {"step": 6, "epoch": 1.2}.items() <= metrics(folder)[-1].items()
+    assert "knn_accuracy" in metrics(folder)[-1]
 
 
 class TestWhatMustNotMatter:
