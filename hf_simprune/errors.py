@@ -13,5 +13,9 @@ class TrainingError(RuntimeError):
     """A run that cannot go on. The message names the step and what was kept; recipes exit with status 1."""
 
 
+class EvaluationError(RuntimeError):
+    """An evaluation that could not be made; raised in all processes. The training goes on without its numbers."""
+
+
 class TrainingInterrupted(Exception):
     """Ctrl-C or SIGTERM, after a checkpoint was written. The message says how to resume; recipes exit with 130."""

@@ -20,7 +20,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import get_worker_info
 
 from ..errors import TrainingError
-from .loading import undecoded
+from .loading import encoded_bytes, undecoded
 
 
 OPEN_SHARDS = 4
@@ -275,12 +275,15 @@ def _is_path(cell: Any) -> bool:
 
 
 def _fingerprint(cells: dict[str, Any]) -> str:
-    """The same wherever the data lies: of paths, only the last two names count."""
+    """The same wherever the data lies: of an image's path, the file that it leads to counts."""
     digest = hashlib.blake2b(digest_size=8)
     for name, cell in sorted(cells.items()):
-        content = "/".join(cell["path"].split("/")[-2:]) if _is_path(cell) else cell
-        if isinstance(content, dict) and content.get("bytes"):
-            content = content["bytes"]
+        content = cell
+        if _is_path(cell) or (isinstance(cell, dict) and cell.get("bytes")):
+            try:
+                content = encoded_bytes(cell)
+            except (OSError, ValueError):
+                content = "unreadable"
         digest.update(name.encode())
         digest.update(content if isinstance(content, bytes) else repr(content).encode())
     return digest.hexdigest()

@@ -18,7 +18,11 @@ class SavingArguments:
     _argument_group_name = "checkpoints"
 
     resume_from_checkpoint: str | None = option(None, "A checkpoint-<step> folder, or `latest`.")
-    allow_schedule_change: bool = option(False, "Resume although the total number of steps is another one.")
+    allow_schedule_change: bool = option(
+        False,
+        "Resume although options differ that make the run another one, such as its length or number of processes; a "
+        "stream read by other processes or workers goes on at its next epoch.",
+    )
     save_steps: int = option(500, "Optimiser steps between two checkpoints.")
     save_total_limit: int | None = option(2, "Checkpoints kept; the oldest go first. None keeps all.")
 

@@ -3,14 +3,20 @@
 
 import time
 from collections.abc import Sequence
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
+
+import pyarrow
 
 from ..errors import TrainingError
 from .view_source import ViewSource
 from .worker_deaths import WorkerDeaths, WorkerDied
 
 
-DATA_ERRORS = (WorkerDied, TrainingError, OSError)
+# Of files, of formats, of a loader whose worker died or which ran out of memory, shared memory or descriptors.
+DATA_ERRORS = (
+    WorkerDied, TrainingError, OSError, EOFError, UnpicklingError, MemoryError, RuntimeError, pyarrow.ArrowException,
+)  # fmt: skip
 
 
 class Fetched(NamedTuple):
@@ -23,8 +29,12 @@ class Fetched(NamedTuple):
     @property
     def failure(self) -> str | None:
         """What went wrong, on one line."""
-        # torch puts a worker's whole traceback before the message
-        return None if self.error is None else (str(self.error).strip().splitlines() or [repr(self.error)])[-1]
+        if self.error is None:
+            return None
+        text = str(self.error).strip() or repr(self.error)
+        if "Traceback" in text:  # torch puts a worker's whole traceback before the message
+            text = text.splitlines()[-1]
+        return " ".join(text.split())
 
 
 NOTHING = Fetched((), 0.0)

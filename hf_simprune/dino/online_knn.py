@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.decoding import DECODING_ERRORS
-from ..errors import InputError
+from ..errors import EvaluationError, InputError
 from ..evaluation.features import extract_features
 from ..evaluation.knn import knn_accuracy
 
@@ -40,15 +41,12 @@ class LabelledImages:
         """The images at these positions of `rows`."""
         return LabelledImages(self.image, [self.rows[i] for i in positions], self.labels[list(positions)])
 
-    def readable(self, positions: list[int]) -> Iterator[Image.Image]:
-        """The images that can be read; their positions in `rows` are appended to `positions`."""
-        for position, row in enumerate(self.rows):
-            try:
-                image = self.image(row)
-            except DECODING_ERRORS:
-                continue
-            positions.append(position)
-            yield image
+    def readable(self, position: int) -> Image.Image | None:
+        """The image at a position of `rows`, or None where it cannot be read."""
+        try:
+            return self.image(self.rows[position])
+        except DECODING_ERRORS:
+            return None
 
 
 def hold_out(images: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
@@ -109,52 +107,64 @@ class OnlineKnn:
         self.progress = progress
 
     def __call__(self, step: int, stopped: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
-        """Fractions of the queries classified correctly: by the CLS token and by the mean patch token.
+        """Fractions of the queries classified correctly: by the CLS token and by the mean patch token; and, where
+        there are any, how many images could not be read.
 
-        None in all processes once `stopped()`, asked before every image, is true in one of them.
+        None once `stopped()` says so: it is asked before every batch, by all processes equally often, and must answer
+        all of them the same.
+
+        Raises:
+            EvaluationError: too few images can be read.
         """
-        found = self._features(self.bank, stopped)
-        if found is None:
+        try:
+            bank, bank_labels = self._features(self.bank, stopped)
+            queries, query_labels = self._features(self.queries, stopped)
+        except _Stopped:
             return None
-        bank, bank_labels = found
-        found = self._features(self.queries, stopped)
-        if found is None:
-            return None
-        queries, query_labels = found
+        if len(bank_labels) < self.k or len(query_labels) == 0:
+            raise EvaluationError(
+                f"of {len(self.bank)} images that vote {len(bank_labels)} can be read ({self.k} neighbours are asked "
+                f"for), and of {len(self.queries)} to classify {len(query_labels)}"
+            )
         names = {"knn_accuracy": "cls", "knn_accuracy_patch_mean": "patch_mean"}
         accuracies = {}
         for name, kind in names.items():
             here = queries[kind].to(self.accelerator.device)
             accuracies[name] = knn_accuracy(bank[kind], bank_labels, here, query_labels, self.k, self.temperature)
-        return accuracies
+        unreadable = len(self.bank) + len(self.queries) - len(bank_labels) - len(query_labels)
+        return accuracies | ({"knn_unreadable": unreadable} if unreadable else {})
 
-    def _features(
-        self, images: LabelledImages, stopped: Callable[[], bool]
-    ) -> tuple[dict[str, Tensor], Tensor] | None:
+    def _features(self, images: LabelledImages, stopped: Callable[[], bool]) -> tuple[dict[str, Tensor], Tensor]:
         """Of all processes' shares, in the order of `images`, without those that cannot be read."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         share = range(rank, len(images), world)
         read: list[int] = []
-        part: list[tuple[Tensor, dict[str, Tensor]] | None] = []
-        if len(share):
-            stream = _until(stopped, images.subset(share).readable(read))
-            try:
-                with self.accelerator.autocast():
-                    found = extract_features(self.model, stream, self.processor, self.batch_size, self.progress)
-                part = [(torch.tensor([share[i] for i in read]), found)]
-            except _Stopped:
-                part = [None]
+        part: list[tuple[Tensor, dict[str, Tensor]]] = []
+        stream = self._readable(images, share, -(-len(images) // world), read, stopped)
+        first = next(stream, None)
+        if first is not None:
+            with self.accelerator.autocast():
+                found = extract_features(
+                    self.model, chain([first], stream), self.processor, self.batch_size, self.progress
+                )
+            part = [(torch.tensor(read), found)]
         parts = gather_object(part)
-        if any(found is None for found in parts):
-            return None
+        if not parts:
+            return {}, images.labels[:0]
         positions = torch.cat([where for where, _ in parts])
         order = positions.argsort()
         merged = {kind: torch.cat([found[kind] for _, found in parts])[order] for kind in parts[0][1]}
         return merged, images.labels[positions[order]]
 
-
-def _until(stopped: Callable[[], bool], images: Iterator[Image.Image]) -> Iterator[Image.Image]:
-    for image in images:
-        if stopped():
-            raise _Stopped
-        yield image
+    def _readable(
+        self, images: LabelledImages, share: range, rounds: int, read: list[int], stopped: Callable[[], bool]
+    ) -> Iterator[Image.Image]:
+        """The images of a share that can be read; their positions are appended to `read`. Shares are up to `rounds`
+        long."""
+        for number in range(rounds):
+            if number % self.batch_size == 0 and stopped():
+                raise _Stopped
+            image = images.readable(share[number]) if number < len(share) else None
+            if image is not None:
+                read.append(share[number])
+                yield image

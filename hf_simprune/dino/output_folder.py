@@ -38,6 +38,7 @@ def check_output_dir(args: DinoArguments) -> None:
         if checkpoint.resolve().parent == folder.resolve():
             return
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = [name for name in names if name != LOCK_FILE]
     if args.overwrite_output_dir:
         taken = [name for name in names if _RUN_NAMES.fullmatch(name)]
         if taken and not _is_run(folder):

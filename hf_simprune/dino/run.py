@@ -269,8 +269,8 @@ def _prepare_folder(
     resumed = args.resume_from_checkpoint is not None
     try:
         unlocked = lock.take(output_dir)
-        if args.overwrite_output_dir and clear_previous_run(output_dir):
-            unlocked = lock.take(output_dir)  # the file went with the rest
+        if args.overwrite_output_dir:
+            clear_previous_run(output_dir)
         tidy_up(output_dir)
         moved = set_aside_later(output_dir, step) if resumed else []
         _write_run_files(args, settings, output_dir)

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..errors import InputError, TrainingError, TrainingInterrupted
+from ..errors import EvaluationError, InputError, TrainingError, TrainingInterrupted
 from .checkpoint import (
     Contents,
     NotSavedError,
@@ -77,8 +77,8 @@ class DinoTrainer:
         source: crops.
         settings: logging, saving, seed.
         evaluate: called before the first step, after every `knn_every` steps and after the last, with the step and a
-            function that says whether to give up; returns numbers to log as an object of their own, or None where it
-            gave up, in all processes alike.
+            function that says whether to give up, which all processes must ask equally often; returns numbers to log
+            as an object of their own, or None where it gave up; raises EvaluationError where there are none to be had.
         snapshot: called with (step, views, values) before the steps listed in `snapshot_steps`.
         describe_window: numbers to log about the curriculum's window.
         after_save: called on the main process with the step of each new checkpoint.
@@ -151,8 +151,9 @@ class DinoTrainer:
         """Each process takes its own of the states that as many had."""
         processes = self.accelerator.num_processes
         try:
-            if not any(states):  # the order is a function of the step, for any number of processes
-                self.source.load_state_dict({})
+            # where the order is a function of the step, any number of processes can go on
+            if not any(states) or not self.source.state_dict():
+                self.source.load_state_dict(states[0])
             elif len(states) == processes:
                 self.source.load_state_dict(states[self.accelerator.process_index])
             else:
@@ -173,8 +174,8 @@ class DinoTrainer:
         """Train to the end.
 
         Raises:
-            TrainingError: non-finite loss, too many steps in a row with non-finite gradients, or a last checkpoint
-                that cannot be written.
+            TrainingError: data that cannot be read, a non-finite loss, too many steps in a row with non-finite
+                gradients, or a last checkpoint that cannot be written.
             TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         """
         total = self.schedules.total_steps
@@ -241,7 +242,7 @@ class DinoTrainer:
             TrainingError: in every process, where one cannot read its data.
         """
         requested = interrupts.requested is not None
-        fetched = NOTHING if requested or self.step == self.schedules.total_steps else feed.fetch()
+        fetched = NOTHING if requested or self.step >= self.schedules.total_steps else feed.fetch()
         stop, failed = self._any_process(requested, fetched.error is not None)
         if failed:
             reasons = [reason for reason in gather_object([fetched.failure]) if reason is not None]
@@ -348,19 +349,23 @@ class DinoTrainer:
 
     def _evaluation_due(self) -> bool:
         every = self.settings.knn_every
-        return self.step in (0, self.schedules.total_steps) or (every > 0 and self.step % every == 0)
+        ends = self.step == 0 or self.step >= self.schedules.total_steps
+        return ends or (every > 0 and self.step % every == 0)
 
     def _evaluate_if_due(self, log: RunLog, interrupts: Interrupts) -> None:
         """Given up where the run is to stop; the run that goes on from this step makes up for it."""
 
         def stopped() -> bool:
-            return interrupts.requested is not None
+            return self._any_process(interrupts.requested is not None)[0]
 
-        if self.evaluate is None or not self._evaluation_due() or self._any_process(stopped())[0]:
+        if self.evaluate is None or not self._evaluation_due() or stopped():
             return
-        self.accelerator.wait_for_everyone()
         started = time.perf_counter()
-        numbers = self.evaluate(self.step, stopped)
+        try:
+            numbers = self.evaluate(self.step, stopped)
+        except EvaluationError as error:
+            log.say(f"warning: step {self.step} was not evaluated: {error}")
+            return
         if numbers is None:
             return
         log.write({"step": self.step, **self._epoch(), **numbers})

@@ -77,7 +77,7 @@ class LoaderSource:
         return {}
 
     def begin_next_epoch(self, states: Sequence[dict[str, Any]]) -> int:
-        """Never asked for, as any number of processes and workers can go on."""
+        """Never needed: any number of processes and workers can go on where they are."""
         raise NotImplementedError
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ class StreamSource:
     def __init__(
         self,
         open_stream: Callable[[Sequence[Place], int], StreamingMultiCropDataset],
-        layout: dict[str, int],
+        layout: dict[str, int | str],
         config: AugmentationConfig,
         device: torch.device,
         per_device_batch: int,
@@ -140,16 +140,16 @@ class StreamSource:
                 "--resume_from_checkpoint: the checkpoint holds no place in a stream, so this cannot be the run that "
                 "wrote it; resume without --streaming, or with the version that it was written with"
             )
-        if state.get("layout") != self.layout:
-            raise OtherReadersError(
-                "--resume_from_checkpoint: the stream is another one than the checkpoint's "
-                f"({state.get('layout')} then, {self.layout} now); resume with the data it was written with"
-            )
         places, turn = state.get("places", []), state.get("turn")
         if state.get("workers") != len(self._places) or len(places) != len(self._places):
             raise OtherReadersError(
                 f"--dataloader_num_workers {self.num_workers}: the checkpoint's run had {state.get('workers')}, which "
                 "each read a share of the stream; use as many"
+            )
+        if state.get("layout") != self.layout:
+            raise OtherReadersError(
+                "--resume_from_checkpoint: the stream is another one than the checkpoint's "
+                f"({state.get('layout')} then, {self.layout} now); resume with the data it was written with"
             )
         if not is_count(turn) or turn >= len(places):
             raise InputError(f"--resume_from_checkpoint: the checkpoint names no reader that could be {turn}")

@@ -25,7 +25,7 @@ _MOST = {
 }
 _LONGEST = 300  # characters of a message
 _CONVERT = (
-    " (pickled weights are not read, as they can hold code: if you trust the file, convert it once with "
+    " (if it has pickled weights only: they are not read, as they can hold code. If you trust them, convert them with "
     "`AutoModel.from_pretrained(NAME, use_safetensors=False).save_pretrained(FOLDER)`, with the class the model has)"
 )
 
@@ -42,7 +42,7 @@ def reading(what: str) -> Iterator[None]:
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        pickled = _CONVERT if "model.safetensors" in str(error) and isinstance(error, OSError) else ""
+        pickled = _CONVERT if "file named model.safetensors" in str(error) else ""
         raise InputError(f"{what}: {in_one_line(error)}{pickled}") from error
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ..tiny_run import write_images
-from .warm_runs import WITH_WORKERS, WarmServer, last_lines
+from .warm_runs import OFTEN, WITH_WORKERS, WarmServer, last_lines
 
 
 _PROPERTY = "trials"
@@ -43,6 +43,15 @@ def warm() -> Iterator[WarmServer]:
 def images(tmp_path_factory) -> str:
     folder: Path = tmp_path_factory.mktemp("data")
     return write_images(folder / "images.parquet")
+
+
+@pytest.fixture(scope="session")
+def evaluated(warm, images, tmp_path_factory) -> Path:
+    """As `undisturbed`, with the options `OFTEN`."""
+    folder: Path = tmp_path_factory.mktemp("evaluated")
+    status = warm.run(folder / "log", output_dir=folder / "run", dataset_name_or_path=images, **OFTEN)
+    assert status == 0, last_lines(folder / "log")
+    return folder / "run"
 
 
 @pytest.fixture(scope="session")

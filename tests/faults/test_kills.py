@@ -136,16 +136,21 @@ def test_a_run_killed_at_any_time_and_resumed_equals_the_undisturbed_one(undistu
     started = time.monotonic()
     assert warm.run(tmp_path / "time.log", output_dir=tmp_path / "time", **undisturbed.options(way)) == 0
     seconds = time.monotonic() - started
-    for number in range(5):
+    for number in range(15):  # how long a run takes is the machine's mood
+        if killed == 5:
+            break
         folder, log = tmp_path / f"run-{number}", tmp_path / f"run-{number}.log"
         pid = warm.start(log, output_dir=folder, **undisturbed.options(way))
         status = warm.wait(pid, chance.uniform(0.1, 1.0) * seconds)
-        if status is None:
-            os.kill(pid, signal.SIGKILL)
-            assert warm.wait(pid) == -signal.SIGKILL
-            killed += 1
-            wait_until_none_is_left(pid)
+        if status is not None:
+            assert status == 0, last_lines(log)
+            continue
+        os.kill(pid, signal.SIGKILL)
+        if warm.wait(pid) == 0:
+            continue
+        killed += 1
+        wait_until_none_is_left(pid)
         assert go_on(warm, folder, log, **undisturbed.options(way)) == 0, last_lines(log)
         assert_equal_runs(undisturbed.run(way), folder)
-    assert killed >= 2
+    assert killed >= 3
     trials("SIGKILL by the clock, resumed bit-equal", killed)

@@ -31,7 +31,7 @@ def whole_run(folder, **settings):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    return whole_run(tmp_path_factory.mktemp("undisturbed") / "run", knn_every=5)
+    return whole_run(tmp_path_factory.mktemp("undisturbed") / "run", knn_every=3)
 
 
 LINES = [json.dumps({"step": step, "loss": step / 7}) + "\n" for step in range(1, 5)]
@@ -113,25 +113,25 @@ class TestKilled:
 
         folder = tmp_path / "run"
         with pytest.raises(Killed):
-            build(folder, kill, evaluate=accuracy, knn_every=5).train()
+            build(folder, kill, evaluate=accuracy, knn_every=3).train()
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('{"step": 99, "lo')
-        resumed = build(folder, weights=9, evaluate=accuracy, knn_every=5)
+        resumed = build(folder, weights=9, evaluate=accuracy, knn_every=3)
         resumed.resume("latest")
         resumed.train()
         assert untimed(folder) == undisturbed
         trials("runs killed before a step and resumed: equal logs", 1)
 
-    @pytest.mark.parametrize("evaluated", [False, True], ids=["during", "after"])
-    def test_by_the_last_evaluation_and_resumed(self, tmp_path, undisturbed, evaluated):
+    @pytest.mark.parametrize(("at", "evaluated"), [(6, False), (STEPS, False), (STEPS, True)])
+    def test_in_an_evaluation_or_after_the_last_and_resumed(self, tmp_path, undisturbed, at, evaluated):
         folder, asked = tmp_path / "run", []
 
         def killed_evaluation(step, stopped):
-            if step == STEPS:
+            if step == at:
                 raise Killed
             return accuracy(step, stopped)
 
-        trainer = build(folder, evaluate=accuracy if evaluated else killed_evaluation, knn_every=5)
+        trainer = build(folder, evaluate=accuracy if evaluated else killed_evaluation, knn_every=3)
         if evaluated:
             trainer.train()
         else:
@@ -142,16 +142,16 @@ class TestKilled:
             asked.append(step)
             return accuracy(step, stopped)
 
-        resumed = build(folder, weights=9, evaluate=recorded, knn_every=5)
+        resumed = build(folder, weights=9, evaluate=recorded, knn_every=3)
         resumed.resume("latest")
         resumed.train()
-        assert untimed(folder) == undisturbed and asked == ([] if evaluated else [STEPS])
+        assert untimed(folder) == undisturbed and asked == ([] if evaluated else list(range(at, STEPS + 1, 3)))
 
     def test_twice_and_gone_back_to_an_earlier_checkpoint(self, tmp_path, undisturbed):
         folder = tmp_path / "run"
-        build(folder, evaluate=accuracy, knn_every=5, save_total_limit=None).train()
+        build(folder, evaluate=accuracy, knn_every=3, save_total_limit=None).train()
         for start in ("checkpoint-9", "checkpoint-3"):
-            resumed = build(folder, weights=9, evaluate=accuracy, knn_every=5, save_total_limit=None)
+            resumed = build(folder, weights=9, evaluate=accuracy, knn_every=3, save_total_limit=None)
             resumed.resume(str(folder / start))
             resumed.train()
             assert untimed(folder) == undisturbed

@@ -9,11 +9,7 @@ import pytest
 
 from hf_simprune.lasting_output import lasting_output
 
-from ..tiny_run import untimed
-from .warm_runs import result_of
-
-
-OPTIONS = {"max_steps": 2, "save_steps": 100, "knn_every": 1, "disable_tqdm": False}
+from .warm_runs import OFTEN, assert_equal_runs
 
 
 class Broken(io.StringIO):
@@ -53,23 +49,16 @@ def test_what_cannot_be_written_is_dropped_and_what_can_is_not(monkeypatch, code
         assert stream.getvalue() == "before\nafter\n"
 
 
-@pytest.fixture(scope="module")
-def undisturbed(warm, images, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert warm.run(folder / "log", output_dir=folder / "run", dataset_name_or_path=images, **OPTIONS) == 0
-    assert "knn_accuracy" in (folder / "log").read_text()
-    return folder / "run"
-
-
 @pytest.mark.parametrize("end", ["full disk", "closed pipe"])
-def test_a_run_whose_output_fails_ends_as_any_other(warm, images, undisturbed, end, tmp_path, trials):
+def test_a_run_whose_output_fails_ends_as_any_other(warm, images, evaluated, end, tmp_path, trials):
     """Its prints, its progress bars, the k-NN's too."""
     output = "/dev/full"
     if end == "closed pipe":
         output = tmp_path / "pipe"
         os.mkfifo(output)
         reader = os.open(output, os.O_RDONLY | os.O_NONBLOCK)
-    pid = warm.start(output, output_dir=tmp_path / "run", dataset_name_or_path=images, **OPTIONS)
+    options = {**OFTEN, "output_dir": tmp_path / "run", "dataset_name_or_path": images}
+    pid = warm.start(output, **options, disable_tqdm=False)
     if end == "closed pipe":
         while True:  # until it has begun to write
             try:
@@ -79,6 +68,5 @@ def test_a_run_whose_output_fails_ends_as_any_other(warm, images, undisturbed, e
                 continue
         os.close(reader)
     assert warm.wait(pid) == 0
-    assert untimed(tmp_path / "run") == untimed(undisturbed)
-    assert result_of(tmp_path / "run") == result_of(undisturbed)
+    assert_equal_runs(evaluated, tmp_path / "run")
     trials(f"runs whose output fails ({end})", 1)

@@ -20,6 +20,8 @@ WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "backgro
 BUFFERED = {"PYTHONUNBUFFERED": ""}  # standard output, as where nobody has set anything
 # A run that is long enough for something to happen to it and that saves nothing before.
 WITH_WORKERS = {"max_steps": 16, "save_steps": 100, "knn_every": 0, "dataloader_num_workers": 2}
+# One that saves and evaluates often.
+OFTEN = {"max_steps": 4, "save_steps": 2, "knn_every": 2}
 PATIENCE = 300.0  # seconds; the machine may have much else to do
 
 
