@@ -1,6 +1,8 @@
 """The k-NN during training: which images it takes, and that its numbers are those of a naive one."""
 
 import io
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +14,7 @@ from PIL import Image
 
 from hf_simprune.dino.online_knn import LabelledImages, OnlineKnn, drawn, hold_out
 from hf_simprune.dino.run_data import labelled_images
-from hf_simprune.errors import InputError
+from hf_simprune.errors import EvaluationError, InputError
 from hf_simprune.evaluation.features import build_image_processor
 from hf_simprune.models.architectures import build_backbone
 
@@ -30,6 +32,17 @@ def picture(row: int) -> Image.Image:
 def labelled(rows, image=picture) -> LabelledImages:
     rows = list(rows)
     return LabelledImages(image, rows, torch.tensor([row % 4 for row in rows]))
+
+
+def losing(rows):
+    """As `picture`, but these rows cannot be read."""
+
+    def image(row):
+        if row in rows:
+            raise OSError(116, "Stale file handle")
+        return picture(row)
+
+    return image
 
 
 def knn(network, processor, bank, queries, **options) -> OnlineKnn:
@@ -119,6 +132,53 @@ class TestAccuracy:
 
         rows, queries = [r for r in range(40) if r not in (0, 3)], [r for r in range(40, 60) if r != 41]
         assert accuracy(range(40), range(40, 60), broken) == accuracy(rows, queries, picture)
+
+    def test_how_many_could_not_be_read_is_told_and_nothing_where_all_could(self, network, processor):
+        lost = {2, 3, 41}
+        found = knn(network, processor, labelled(range(40), losing(lost)), labelled(range(40, 60), losing(lost)))(0)
+        assert found["knn_unreadable"] == 3
+        assert "knn_unreadable" not in knn(network, processor, labelled(range(40)), labelled(range(40, 60)))(0)
+
+    @pytest.mark.parametrize(
+        ("lost", "words"),
+        [
+            (range(60), "vote 0 can be read"),
+            (range(36), f"vote 4 can be read ({K} neighbours"),
+            (range(40, 60), "of 20 to classify 0"),
+        ],
+    )
+    def test_too_few_readable_images_are_an_error_of_the_evaluation_and_no_bad_input(
+        self, network, processor, lost, words
+    ):
+        images = losing(set(lost))
+        with pytest.raises(EvaluationError) as error:
+            knn(network, processor, labelled(range(40), images), labelled(range(40, 60), images))(0)
+        assert words in str(error.value)
+
+    def test_it_is_given_up_at_the_batch_in_which_that_is_asked_for(self, network, processor):
+        read = []
+
+        def image(row):
+            read.append(row)
+            return picture(row)
+
+        evaluation = knn(network, processor, labelled(range(40), image), labelled(range(40, 60), image), batch_size=8)
+        answers = iter([False, False, True])
+        assert evaluation(0, lambda: next(answers)) is None
+        assert read == list(range(16))
+
+    @pytest.mark.parametrize("count", [1, 16, 17, 31, 32])
+    def test_processes_with_unequal_shares_ask_equally_often_whether_to_stop(self, network, processor, count):
+        """Two processes; what each asks is a collective operation."""
+        asked = []
+        for rank in range(2):
+            evaluation = knn(network, processor, labelled(range(40)), labelled(range(4)), batch_size=8)
+            shared = SimpleNamespace(process_index=rank, num_processes=2, autocast=nullcontext, device="cpu")
+            evaluation.accelerator = shared
+            questions = []
+            evaluation._features(labelled(range(count), losing({rank})), lambda: bool(questions.append(0)))
+            asked.append(len(questions))
+        assert asked[0] == asked[1] == -(-count // 16)
 
     def test_the_network_is_left_as_it_was(self, network, processor):
         network.train()

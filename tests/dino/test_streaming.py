@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from hf_simprune.data.decoding import decode_image
 from hf_simprune.data.loading import find_image_column, load_split
@@ -192,6 +193,17 @@ def test_another_data_set_is_refused_even_where_it_lies_in_as_many_shards(tmp_pa
     with pytest.raises(OtherReadersError) as error:
         other.load_state_dict(state)
     one_line_naming(error, "--resume_from_checkpoint", "another one", "resume with the data it was written with")
+
+
+def test_other_pictures_of_the_same_names_are_refused(tmp_path: Path):
+    sources = []
+    for place, pixel in (("here", 0), ("there", 9)):
+        (tmp_path / place).mkdir()
+        for number in range(6):
+            Image.new("RGB", (16, 16), (number, 0, pixel)).save(tmp_path / place / f"{number}.png")
+        sources.append(stream_source(str(tmp_path / place)))
+    with pytest.raises(OtherReadersError, match="another one"):
+        sources[1].load_state_dict(sources[0].state_dict())
 
 
 @pytest.mark.parametrize("kind", FORMATS)

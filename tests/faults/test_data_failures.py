@@ -8,17 +8,19 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from pyarrow import ArrowInvalid
 
 from hf_simprune.data.streams import StreamError
 from hf_simprune.dino.data import BadImageError
+from hf_simprune.dino.feed import Fetched
 from hf_simprune.dino.worker_deaths import WorkerDied
-from hf_simprune.errors import InputError, TrainingError
+from hf_simprune.errors import EvaluationError, InputError, TrainingError
 
 from ..data.stream_files import write_parquet_shards
 from ..dino.conftest import tiny_schedules
 from ..dino.on_ranks import on_ranks
 from .tiny_streams import GLOBAL_BATCH, KEYS, SIZES, streamed
-from .tiny_trainer import build, same, tensors, untimed
+from .tiny_trainer import STEPS, build, same, tensors, untimed
 
 
 FAILURES = {
@@ -27,6 +29,9 @@ FAILURES = {
     "an image": BadImageError("image 17 cannot be read"),
     "a worker": WorkerDied("a data loader's worker (process 7) is killed by signal"),
     "no words": OSError(),
+    "memory": MemoryError("out of memory"),
+    "shared memory": RuntimeError("unable to mmap 65536 bytes: Cannot allocate memory (12)"),
+    "a table": ArrowInvalid("Parquet magic bytes not found in footer"),
 }
 
 
@@ -46,6 +51,35 @@ def test_a_run_that_cannot_read_on_says_why_and_has_saved_its_last_step(tmp_path
     resumed = build(tmp_path / "run", weights=9)
     assert resumed.resume("latest").name == "checkpoint-4" and resumed.step == 4
     assert caught.value.__cause__ is error
+
+
+def test_a_workers_failure_is_told_by_its_last_line():
+    error = RuntimeError(
+        "Caught MemoryError in DataLoader worker process 0.\nOriginal Traceback …\nMemoryError: full\n"
+    )
+    assert Fetched((), 0.0, error).failure == "MemoryError: full"
+
+
+def test_an_evaluation_whose_images_cannot_be_read_costs_its_numbers_only(tmp_path, capsys):
+    def evaluate(step, stopped):
+        if step == 6:
+            raise EvaluationError("of 40 images that vote 0 can be read")
+        return {"knn_accuracy": step / 100}
+
+    trainer = build(tmp_path / "run", evaluate=evaluate, knn_every=3)
+    trainer.train()
+    assert [line["step"] for line in untimed(tmp_path / "run") if "knn_accuracy" in line] == [0, 3, 9, 12]
+    assert "step 6 was not evaluated: of 40 images that vote 0 can be read" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_more_steps_than_are_wanted_is_evaluated_and_no_data_is_asked_for(tmp_path):
+    build(tmp_path / "run").train()
+    asked = []
+    trainer = build(tmp_path / "run", asked.append, evaluate=lambda step, stopped: {"knn_accuracy": 0.5})
+    trainer.resume("latest")
+    trainer.schedules = tiny_schedules(STEPS - 4)
+    trainer.train()
+    assert asked == [] and untimed(tmp_path / "run")[-1] == {"step": STEPS, "knn_accuracy": 0.5}
 
 
 def test_a_defect_in_the_code_is_not_taken_for_one_of_the_data(tmp_path):

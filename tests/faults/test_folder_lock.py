@@ -1,12 +1,15 @@
 """One run at a time writes into a folder, and whatever ends a run, the next one can begin at once."""
 
+import errno
 import os
 import signal
 import time
+from unittest.mock import patch
 
 import pytest
 
 from hf_simprune.dino.folder_lock import LOCK_FILE, FolderLock, check_unlocked
+from hf_simprune.dino.output_folder import clear_previous_run
 from hf_simprune.errors import InputError
 
 from .failing_disk import contents
@@ -73,10 +76,43 @@ def test_a_fork_of_the_run_does_not_keep_the_folder(tmp_path, process):
     free(tmp_path)
 
 
+def test_the_file_stays_when_a_run_is_overwritten(tmp_path):
+    lock = FolderLock()
+    lock.take(tmp_path)
+    file = (tmp_path / LOCK_FILE).stat().st_ino
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "run.json").write_text("{}")
+    assert clear_previous_run(tmp_path) == ["training"]
+    assert (tmp_path / LOCK_FILE).stat().st_ino == file
+    lock.release()
+
+
+def test_a_full_disk_does_not_keep_the_lock_from_holding(tmp_path, process):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def take():
+        with patch("os.write", full):
+            FolderLock.take(lock, tmp_path)
+
+    lock = FolderLock()
+    process(take)
+    with pytest.raises(InputError, match="a run is at work there .another process,"):
+        check_unlocked(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / LOCK_FILE).touch()
+    with patch("os.open", side_effect=PermissionError(errno.EACCES, "Permission denied")):
+        with pytest.raises(
+            InputError, match=f"--output_dir {tmp_path}: .lock in it cannot be read: Permission denied"
+        ):
+            check_unlocked(tmp_path)
+
+
 def test_asking_changes_nothing(tmp_path):
     check_unlocked(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
-    (tmp_path / "training").mkdir()
     (tmp_path / LOCK_FILE).write_text("12345\n")  # left by a run that is over
     check_unlocked(tmp_path)
     assert contents(tmp_path) == {LOCK_FILE: b"12345\n"}
