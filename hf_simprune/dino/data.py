@@ -28,6 +28,8 @@ MAX_LISTED = 20
 class BadImageError(TrainingError):
     """An image that cannot be read, where that stops the run. One line, also after a DataLoader worker raised it."""
 
+    known_to_one = True
+
     def __init__(self, message: str):
         # torch hands a worker's exception on with its traceback put before the message
         super().__init__(message.rpartition("BadImageError: ")[2].strip())

@@ -105,15 +105,16 @@ class OnlineKnn:
         self.progress = progress
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Fractions of the queries classified correctly: by the CLS token and by the mean patch token."""
+        """Fractions of the queries classified correctly, by the CLS token and by the mean patch token, and how many
+        queries those are."""
         bank, bank_labels = self._features(self.bank)
         queries, query_labels = self._features(self.queries)
         names = {"knn_accuracy": "cls", "knn_accuracy_patch_mean": "patch_mean"}
-        accuracies = {}
+        accuracies: dict[str, float] = {}
         for name, kind in names.items():
             here = queries[kind].to(self.accelerator.device)
             accuracies[name] = knn_accuracy(bank[kind], bank_labels, here, query_labels, self.k, self.temperature)
-        return accuracies
+        return accuracies | {"knn_images": len(query_labels)}
 
     def _features(self, images: LabelledImages) -> tuple[dict[str, Tensor], Tensor]:
         """Of all processes' shares, in the order of `images`, without those that cannot be read."""
