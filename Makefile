@@ -1,7 +1,9 @@
 # make demo         train the embedded example and check what it learned
 # make test         run the tests, offline, without the long fault tests
 # make test-faults  kill, starve and mislead runs in every way we know, and count the trials
-# make quality      ruff check and format check
+# make test-browser  open the page of `hf-simprune explore` in a headless browser (npm fetches it)
+# make quality      ruff check, format check and types
+# make types        mypy: the public functions, the command line and most of the package
 # make style        let ruff mend what it can
 # make families     write anew what the DeiT and DINOv2 model files share with the ViT ones
 
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-faults quality style families
+.PHONY: demo test test-faults test-browser quality types style families
 
 # torch goes first and alone: solved together with the rest, a looser request could fetch a second, far larger build.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -29,9 +31,18 @@ test: $(INSTALLED)
 test-faults: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 
-quality: $(INSTALLED)
+test-browser: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+	    HF_SIMPRUNE_CHROMIUM=$${HF_SIMPRUNE_CHROMIUM:-$$($(BIN)/python tests/explore/fetch_chromium.py $(VENV)/chromium)} \
+	    $(BIN)/python -m pytest tests/explore/test_page.py
+
+quality: $(INSTALLED) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix .

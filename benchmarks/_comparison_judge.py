@@ -17,7 +17,7 @@ from hf_simprune.data.loading import encoded_bytes, find_image_column, find_labe
 from hf_simprune.errors import InputError
 from hf_simprune.evaluation.features import extract_features, raw_pixel_features
 from hf_simprune.evaluation.knn import K, knn_predict
-from hf_simprune.evaluation.linear_probe import evaluate_linear
+from hf_simprune.evaluation.linear_probe import probe_features
 
 
 MEASURES = {"knn_cls": "k-NN, CLS", "knn_patch_mean": "k-NN, patch mean", "probe_cls": "linear probe, CLS"}
@@ -85,7 +85,7 @@ class Judge:
 
     def _probe(self, bank: Tensor, queries: Tensor) -> np.ndarray:
         bank, queries = bank.to(self.device), queries.to(self.device)
-        return evaluate_linear(bank, self.labels[0].to(self.device), queries, self.labels[1]).hits.numpy()
+        return probe_features(bank, self.labels[0].to(self.device), queries, self.labels[1]).hits.numpy()
 
     def _kept(self, name: str, find: Callable[[], Hits]) -> Hits:
         path = self.folder / f"{name}.npz"

@@ -51,7 +51,7 @@ from _rba import (  # noqa: E402
 )
 
 from hf_simprune.evaluation.knn import paired_bootstrap_interval  # noqa: E402
-from hf_simprune.evaluation.linear_probe import evaluate_linear  # noqa: E402
+from hf_simprune.evaluation.linear_probe import probe_features  # noqa: E402
 from hf_simprune.rba import analyze, choose, convert  # noqa: E402
 from hf_simprune.rba.adapters import Adapter  # noqa: E402
 from hf_simprune.rba.analysis import Analysis  # noqa: E402
@@ -205,7 +205,7 @@ def probe_task(args: argparse.Namespace, name: str) -> dict[str, Any]:
     features = run_plans(adapter, plans, reader, [*train, *test], frozen_features(adapter))
     hits = {}
     for method, values in features.items():
-        probe = evaluate_linear(values[: len(train)], labels[train], values[len(train) :], labels[test])
+        probe = probe_features(values[: len(train)], labels[train], values[len(train) :], labels[test])
         hits[method] = probe.hits.int().tolist()
     return {"train": len(train), "plans": {key: str(plan) for key, (plan, _) in plans.items()}, "hits": hits}
 

@@ -3,6 +3,9 @@
 
 The public names are loaded on first use (PEP 562): importing this package imports neither torch nor transformers and
 registers nothing. The Auto classes learn of the models when `hf_simprune.models` is imported.
+
+Train with `DinoTrainer` (or `hf-simprune train`), compress with `compress`, or step by step with `analyze`, `plan` and
+`convert`; measure with `evaluate_knn` and `evaluate_linear`; put the result on the Hub with `publish`.
 """
 
 from importlib import import_module
@@ -14,6 +17,8 @@ from .errors import InputError
 if TYPE_CHECKING:
     from .dino.arguments import DinoArguments
     from .dino.trainer import DinoTrainer
+    from .evaluation.frozen import evaluate_knn, evaluate_linear
+    from .hub.publish import publish
     from .models import (
         SimPruneDeiTConfig,
         SimPruneDeiTForImageClassification,
@@ -26,10 +31,10 @@ if TYPE_CHECKING:
         SimPruneViTModel,
     )
     from .rba.analysis import analyze
+    from .rba.compression import compress, plan
     from .rba.converter import convert
     from .rba.plan import CompressionPlan, Half, Span
     from .rba.report import RedundancyReport
-    from .rba.search import choose
     from .reduction import build_reducer
 
 __version__ = "0.1.0"
@@ -52,8 +57,12 @@ _HOME = {
     "Span": ".rba.plan",
     "analyze": ".rba.analysis",
     "build_reducer": ".reduction",
-    "choose": ".rba.search",
+    "compress": ".rba.compression",
     "convert": ".rba.converter",
+    "evaluate_knn": ".evaluation.frozen",
+    "evaluate_linear": ".evaluation.frozen",
+    "plan": ".rba.compression",
+    "publish": ".hub.publish",
 }
 
 __all__ = [
@@ -75,8 +84,12 @@ __all__ = [
     "Span",
     "analyze",
     "build_reducer",
-    "choose",
+    "compress",
     "convert",
+    "evaluate_knn",
+    "evaluate_linear",
+    "plan",
+    "publish",
 ]
 
 

@@ -2,53 +2,42 @@
 """The command `hf-simprune`: one subcommand a job. Imports no torch before the options are read."""
 
 import difflib
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 from . import __version__
-from .errors import InputError, TrainingError
+from .commands import COMMANDS
+from .errors import InputError, TrainingError, TrainingInterrupted
+from .lasting_output import forget_unwritten
+from .terminal import bold, red
 
 
-@dataclass(frozen=True)
-class _Command:
-    summary: str
-    run: Callable[[Sequence[str]], None]
-
-
-def _analyze(argv: Sequence[str]) -> None:
-    from .rba.arguments import ANALYZE_OPTIONS, validate_analysis
-
-    args = ANALYZE_OPTIONS.parse(argv)
-    validate_analysis(args)
-    from .rba.run import run_analyze
-
-    run_analyze(args)
-
-
-def _compress(argv: Sequence[str]) -> None:
-    from .rba.arguments import COMPRESS_OPTIONS, validate_compression
-
-    args = COMPRESS_OPTIONS.parse(argv)
-    validate_compression(args)
-    from .rba.run import run_compress
-
-    run_compress(args)
-
-
-_COMMANDS = {
-    "analyze": _Command("measure which blocks of a vision transformer matter on your images", _analyze),
-    "compress": _Command("remove the blocks that matter least, within a budget", _compress),
+EXIT_CODES = {
+    0: "done",
+    1: "the run could not go on, or an upload failed; the message says what was kept",
+    2: "an option, a file or a model is not what it should be; nothing was done",
+    130: "interrupted (Ctrl-C or SIGTERM); the message says what was kept",
 }
-_EXAMPLE = "hf-simprune compress MODEL --dataset path/to/images --remove-blocks 2 --output compressed"
+_EXAMPLES = (
+    "hf-simprune train --config recipes/digits_demo.yaml --dataset path/to/images --output trained",
+    "hf-simprune compress MODEL --dataset path/to/images --remove-blocks 2 --output compressed",
+    "hf-simprune evaluate compressed --baseline MODEL --dataset path/to/images",
+    "hf-simprune push compressed user/my-model",
+)
+_BROKEN_PIPE = 128 + 13  # what a shell gives for SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Returns:
-        The exit status: 0, 2 for bad input, 1 for a run that cannot go on, 130 when interrupted.
+        The exit status, one of `EXIT_CODES`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] in ([], ["-h"], ["--help"]):
@@ -60,47 +49,90 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(words[0], words[1:])
 
 
-def run_command(name: str, argv: Sequence[str]) -> int:
+def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     """Run the subcommand `name`; errors are one line on stderr. Returns the exit status as `main` does."""
     # Threads that sleep while they wait: spinning ones slow a CPU that other programs use too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    given = list(sys.argv[1:] if argv is None else argv)
+    words = [word for word in given if word != "--json"]
+    for_machines = len(words) < len(given)
     try:
-        if name not in _COMMANDS:
+        if name not in COMMANDS:
             raise InputError(f"unknown command {name}{_closest(name)}")
-        _COMMANDS[name].run(argv)
+        command = import_module(f".commands.{name}", __package__)
+        args = command.OPTIONS.parse(words)
+        with _to_stderr() if for_machines else nullcontext():
+            record = command.run(args)
+        if for_machines and os.environ.get("RANK", "0") == "0":
+            print(_as_json(record))
+        sys.stdout.flush()
     except InputError as error:
         return _stop(f"error: {error}", 2)
     except TrainingError as error:
-        return _stop(f"error: {error}", 1)
+        return _stop(f"error: {error}", 1, every_process=error.known_to_one)
+    except TrainingInterrupted as error:
+        return _stop(str(error), 130)
     except KeyboardInterrupt:
-        return _stop("interrupted; nothing was written", 130)
+        return _stop(COMMANDS[name].interrupted, 130)
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        return _BROKEN_PIPE
+    finally:
+        forget_unwritten()
     return 0
 
 
+@contextmanager
+def _to_stderr() -> Iterator[None]:
+    """Everything printed goes to standard error, whoever prints it: this process, a library in C, or a child."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _as_json(record: Mapping[str, Any] | Path) -> str:
+    if isinstance(record, Path):
+        record = json.loads(record.read_text(encoding="utf-8"))
+    return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+
+
 def _usage() -> str:
-    width = max(map(len, _COMMANDS))
-    lines = [f"  {name.ljust(width)}  {command.summary}" for name, command in _COMMANDS.items()]
+    width = max(map(len, COMMANDS))
     return "\n".join(
         [
             "usage: hf-simprune COMMAND [option ...]",
             "",
-            *lines,
+            bold("commands:"),
+            *(f"  {name.ljust(width)}  {command.summary}" for name, command in COMMANDS.items()),
             "",
-            "Options of a command: hf-simprune COMMAND --help",
-            f"Example: {_EXAMPLE}",
+            bold("examples:"),
+            *(f"  {example}" for example in _EXAMPLES),
+            "",
+            bold("exit status:"),
+            *(f"  {code:<{width}}  {meaning}" for code, meaning in EXIT_CODES.items()),
+            "",
+            "Options of a command: hf-simprune COMMAND --help. With --json a command prints one JSON object on",
+            "standard output and nothing else. NO_COLOR turns colours off. As an extension of the Hub's command line",
+            "the same commands are called hf simprune COMMAND.",
         ]
     )
 
 
 def _closest(name: str) -> str:
-    matches = difflib.get_close_matches(name, _COMMANDS, n=1)
-    return f"; did you mean {matches[0]}?" if matches else f": choose one of {', '.join(_COMMANDS)}"
+    matches = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f"; did you mean {matches[0]}?" if matches else f": choose one of {', '.join(COMMANDS)}"
 
 
-def _stop(message: str, status: int) -> int:
+def _stop(message: str, status: int, every_process: bool = False) -> int:
     # nearly always every process of a machine meets the same error; one says it
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(" ".join(message.split()), file=sys.stderr)
+    if every_process or os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(OSError):  # the exit status tells, even where a full disk takes no words
+            print(red(" ".join(message.split()), sys.stderr), file=sys.stderr)
     return status
 
 

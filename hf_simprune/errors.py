@@ -10,7 +10,12 @@ class InputError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on. The message names the step and what was kept; recipes exit with status 1."""
+    """A run that cannot go on. The message names the step and what was kept; recipes exit with status 1.
+
+    `known_to_one`: the other processes may not know of it, so whichever process meets it says it.
+    """
+
+    known_to_one = False
 
 
 class EvaluationError(RuntimeError):

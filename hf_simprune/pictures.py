@@ -120,7 +120,7 @@ def plot_pruned_tokens(
         row[0].imshow(np.clip(view.image, 0, 1), interpolation="nearest")
         row[0].set_ylabel(view.title, fontsize=11)
         for axis, grid, merged in zip(row[1:], view.stage_dropped, _merged(view)):
-            axis.imshow(_tinted(_mean_colours(view.image, merged), grid, colors), interpolation="nearest")
+            axis.imshow(tinted(_mean_colours(view.image, merged), grid, colors), interpolation="nearest")
             _frame_patches(axis, view.image, grid, colors)
             _outline_tokens(axis, view.image, merged)
             kept = int((grid == 0).sum())
@@ -219,7 +219,7 @@ def _patch_of_pixels(image: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, n
     return np.ix_(rows, cols)
 
 
-def _tinted(image: np.ndarray, grid: np.ndarray, colors: Sequence[str]) -> np.ndarray:
+def tinted(image: np.ndarray, grid: np.ndarray, colors: Sequence[str]) -> np.ndarray:
     """(H, W, 3): the image with each dropped patch blended towards white and its stage's colour."""
     stage = grid[_patch_of_pixels(image, grid)]
     palette = np.array([(1.0, 1.0, 1.0), *map(to_rgb, colors)])[stage]

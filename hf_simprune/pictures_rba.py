@@ -51,10 +51,12 @@ def plot_redundancy(report: RedundancyReport, png: str | Path, plan: Compression
     axes = list(parts[0].subplots(1, 1 + len(kinds), squeeze=False)[0])
 
     tokens = "CLS token" if any(np.isfinite(span.br_cls) for span in report.spans) else "all tokens"
-    redundancy = _matrix(report, lambda span: -span.br_cls if tokens == "CLS token" else -span.br_all)
-    _heat_map(axes[0], redundancy, _norm([redundancy]), f"Block redundancy\nmean squared change of the {tokens} (-BR)")
-    costs = {kind: _matrix(report, lambda span, kind=kind: span.costs.get(kind, np.nan)) for kind in kinds}
-    shared = _norm(list(costs.values()))
+    redundancy = span_matrix(report, lambda span: -span.br_cls if tokens == "CLS token" else -span.br_all)
+    _heat_map(
+        axes[0], redundancy, log_norm([redundancy]), f"Block redundancy\nmean squared change of the {tokens} (-BR)"
+    )
+    costs = {kind: span_matrix(report, lambda span, kind=kind: span.costs.get(kind, np.nan)) for kind in kinds}
+    shared = log_norm(list(costs.values()))
     for axis, (kind, matrix) in zip(axes[1:], costs.items()):
         _heat_map(axis, matrix, shared, f"Measured cost, {kind} map\n{report.cost_name}")
     if report.halves:
@@ -70,7 +72,7 @@ def plot_redundancy(report: RedundancyReport, png: str | Path, plan: Compression
     figure.savefig(png)
 
 
-def _matrix(report: RedundancyReport, value: Callable[[SpanRecord], float]) -> np.ndarray:
+def span_matrix(report: RedundancyReport, value: Callable[[SpanRecord], float]) -> np.ndarray:
     """(L, L) by first and last removed block; NaN where there is no value."""
     matrix = np.full((report.depth, report.depth), np.nan)
     for span in report.spans:
@@ -78,7 +80,7 @@ def _matrix(report: RedundancyReport, value: Callable[[SpanRecord], float]) -> n
     return matrix
 
 
-def _norm(matrices: list[np.ndarray]) -> LogNorm:
+def log_norm(matrices: list[np.ndarray]) -> LogNorm:
     """A logarithmic scale over all finite values; it leaves out the dearest twentieth, whose cells saturate."""
     found = [matrix[np.isfinite(matrix)] for matrix in matrices]
     values = np.maximum(np.concatenate(found), _LEAST) if found else np.array([1.0])
@@ -117,10 +119,10 @@ def _write_numbers(axis: Axes, matrix: np.ndarray, norm: LogNorm, size: float = 
     for row, column in zip(*np.nonzero(np.isfinite(matrix))):
         value = matrix[row, column]
         color = "white" if norm(max(value, _LEAST)) > 0.55 else "black"
-        axis.text(column, row, _short(value), ha="center", va="center", fontsize=size, color=color)
+        axis.text(column, row, short(value), ha="center", va="center", fontsize=size, color=color)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Two digits that count, where four characters can hold them."""
     if abs(value) >= 9.95:
         return f"{value:.0f}"
@@ -136,7 +138,7 @@ def _halves(axis: Axes, report: RedundancyReport, plan: CompressionPlan | None) 
     for half in report.halves:
         for kind, cost in half.costs.items():
             matrix[rows.index((half.half, kind)), half.block] = cost
-    norm = _norm([matrix])
+    norm = log_norm([matrix])
     image = axis.imshow(np.maximum(matrix, _LEAST), cmap=_COLORMAP, norm=norm, aspect="auto")
     _color_bar(axis, image)
     axis.set_title(f"Half blocks: measured cost, {report.cost_name}", fontsize=10)

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compress; returns the exit status: 0, 2 for bad input, 1 for a run that cannot go on, 130 when interrupted."""
     from hf_simprune.cli import run_command
 
-    return run_command("compress", sys.argv[1:] if argv is None else argv)
+    return run_command("compress", argv)
 
 
 if __name__ == "__main__":

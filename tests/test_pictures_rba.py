@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from hf_simprune.errors import InputError
-from hf_simprune.pictures_rba import _short, plot_redundancy
+from hf_simprune.pictures_rba import plot_redundancy, short
 from hf_simprune.rba.plan import CompressionPlan, Half, Span
 from hf_simprune.rba.report import HalfRecord, RedundancyReport, SpanRecord
 
@@ -95,6 +95,6 @@ def test_what_cannot_be_drawn_is_said(tmp_path):
 
 
 def test_numbers_in_cells_are_short():
-    assert [_short(value) for value in (12.34, 9.97, 1.26, 0.999, 0.123, 0.0123)] == [
+    assert [short(value) for value in (12.34, 9.97, 1.26, 0.999, 0.123, 0.0123)] == [
         "12", "10", "1.3", "1.0", ".12", ".012",
     ]  # fmt: skip

@@ -13,6 +13,12 @@ TRAINING_OPTIONS = Options(
     "an option is not given; what was chosen is printed at start.",
     required=("output_dir", "dataset_name_or_path"),
     aliases=ALIASES,
+    prog="hf-simprune train",
+    examples=(
+        "hf-simprune train --dataset path/to/images --architecture vit_small --output trained",
+        "accelerate launch recipes/train_dino.py --config recipes/cifar10_vit_micro.yaml --dataset path/to/images",
+    ),
+    json=True,
 )
 parse_arguments = TRAINING_OPTIONS.parse
 read_config = TRAINING_OPTIONS.read_config

@@ -7,7 +7,14 @@ Names follow `transformers.TrainingArguments` where it has them and facebookrese
 
 from dataclasses import dataclass
 
-from ..options.common import CheckpointArguments, DatasetArguments, HubArguments, OutputArguments
+from ..options.common import (
+    BenchmarkArguments,
+    CardArguments,
+    CheckpointArguments,
+    DatasetArguments,
+    HubArguments,
+    OutputArguments,
+)
 from ..options.fields import option, values
 
 
@@ -232,6 +239,8 @@ ARGUMENT_GROUPS = (
     AugmentationArguments,
     OptimizationArguments,
     LoggingArguments,
+    CardArguments,
+    BenchmarkArguments,
     HubArguments,
     PublishingArguments,
 )
@@ -252,6 +261,8 @@ class DinoArguments(
     AugmentationArguments,
     OptimizationArguments,
     LoggingArguments,
+    CardArguments,
+    BenchmarkArguments,
     HubArguments,
     PublishingArguments,
 ):

@@ -107,8 +107,8 @@ class OnlineKnn:
         self.progress = progress
 
     def __call__(self, step: int, stopped: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
-        """Fractions of the queries classified correctly: by the CLS token and by the mean patch token; and, where
-        there are any, how many images could not be read.
+        """Fractions of the queries classified correctly: by the CLS token and by the mean patch token; how many
+        queries those are; and, where there are any, how many images could not be read.
 
         None once `stopped()` says so: it is asked before every batch, by all processes equally often, and must answer
         all of them the same.
@@ -127,12 +127,13 @@ class OnlineKnn:
                 f"for), and of {len(self.queries)} to classify {len(query_labels)}"
             )
         names = {"knn_accuracy": "cls", "knn_accuracy_patch_mean": "patch_mean"}
-        accuracies = {}
+        accuracies: dict[str, float] = {}
         for name, kind in names.items():
             here = queries[kind].to(self.accelerator.device)
             accuracies[name] = knn_accuracy(bank[kind], bank_labels, here, query_labels, self.k, self.temperature)
         unreadable = len(self.bank) + len(self.queries) - len(bank_labels) - len(query_labels)
-        return accuracies | ({"knn_unreadable": unreadable} if unreadable else {})
+        counts = {"knn_images": len(query_labels)} | ({"knn_unreadable": unreadable} if unreadable else {})
+        return accuracies | counts
 
     def _features(self, images: LabelledImages, stopped: Callable[[], bool]) -> tuple[dict[str, Tensor], Tensor]:
         """Of all processes' shares, in the order of `images`, without those that cannot be read."""

@@ -14,7 +14,7 @@ RUN_FILE = "training/run.json"
 # What a run writes into its folder, and nothing else; `clear_previous_run` removes no other name.
 _RUN_NAMES = re.compile(
     r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|preprocessor_config\.json|"
-    r"README\.md|metrics\.jsonl|loss_curve\.png|pruned_tokens\.png|tokens_by_depth\.png|training|logs|(abandoned-)?checkpoint-\d+"
+    r"README\.md|\.eval_results|metrics\.jsonl|loss_curve\.png|pruned_tokens\.png|tokens_by_depth\.png|training|logs|(abandoned-)?checkpoint-\d+"
 )
 
 

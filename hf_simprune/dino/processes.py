@@ -12,6 +12,8 @@ from .checkpoint import last_checkpoint
 class LostProcessError(TrainingError):
     """Another process ended, or did not answer within `--ddp_timeout`. Every process that is left raises it."""
 
+    known_to_one = True  # and the process that would speak may be the lost one
+
 
 def raise_if_lost(error: RuntimeError, output_dir: Path) -> None:
     """Raise LostProcessError where `error` is that of a collective operation which others did not take part in.

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..hub.facts import hardware, is_hub_id, launch_command, versions
-from ..hub.model_card import KNNRow, TrainingCard, render_model_card
+from ..hub.eval_results import benchmark_entry, evaluated_images, write_benchmark_entries
+from ..hub.facts import Licence, hardware, is_hub_id, launch_command, licence_of, versions
+from ..hub.model_card import KNNRow, TrainingCard, knn_results, render_model_card
 from ..pictures import PrunedView, plot_loss_curve, plot_pruned_tokens
 from ..reduction.methods import METHODS
 from .arguments import DinoArguments
@@ -32,7 +33,8 @@ _NOT_SHOWN = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_schedule_change", "save_steps",
     "save_total_limit", "dataset_name_or_path", "eval_dataset_name_or_path", "token", "dataloader_num_workers",
     "logging_steps", "report_to", "run_name", "disable_tqdm", "push_to_hub", "hub_model_id", "hub_private_repo",
-    "hub_strategy", "bf16", "fp16", "ddp_timeout",
+    "hub_strategy", "bf16", "fp16", "ddp_timeout", "license", "base_model_id", "dataset_id", "eval_dataset_id",
+    "eval_task_id",
 )  # fmt: skip
 
 
@@ -91,7 +93,8 @@ def write_card(
     evaluated_on: str = "",
     repo_id: str | None = None,
 ) -> None:
-    """`README.md` in `folder`, which holds the pictures, from the run's own numbers.
+    """`README.md` in `folder`, which holds the pictures, from the run's own numbers, and `.eval_results` where a
+    benchmark was named.
 
     Args:
         records: the objects of `metrics.jsonl`.
@@ -108,6 +111,8 @@ def write_card(
     run |= about
     run |= {"peak learning rate": f"{settings.learning_rate:.4g}", "prototypes": settings.out_dim}
     run |= {"teacher temperature": settings.teacher_temp, "teacher momentum": settings.momentum_teacher}
+    if len(sizes.global_counts) > 1:
+        run["patch tokens of a global view"] = " → ".join(map(str, sizes.global_counts))
     if losses:
         speed = sorted(record["images_per_second"] for record in losses)[len(losses) // 2]
         run |= {"last loss": f"{losses[-1]['loss']:.4f}", "images per second": f"{speed:.1f}"}
@@ -121,6 +126,10 @@ def write_card(
             if last["step"] > 0:
                 rows.append(KNNRow(features=f"trained network, {name}", all_labels=last[key], trained=True))
     reduces = args.token_reduction != "none"
+    start = args.model_name_or_path
+    licence = Licence(args.license) if args.license else None
+    if licence is None and start is not None:
+        licence = licence_of(start, args.model_revision, args.token)
     name = (repo_id or Path(args.output_dir).resolve().name).split("/")[-1]
     card = TrainingCard(
         name=args.run_name or name,
@@ -128,8 +137,9 @@ def write_card(
         model_class=model_class,
         architecture=f"{sizes.name} ({sizes.depth} blocks, patch size {sizes.patch_size}, {sizes.image_size} px)",
         dataset=Path(args.dataset_name_or_path).name,
-        dataset_id=args.dataset_name_or_path if is_hub_id(args.dataset_name_or_path) else None,
-        base_model=args.model_name_or_path if is_hub_id(args.model_name_or_path) else None,
+        dataset_id=args.dataset_name_or_path if is_hub_id(args.dataset_name_or_path) else args.dataset_id,
+        base_model=start if is_hub_id(start) else args.base_model_id,
+        licence=licence,
         command=command(sys.argv, about),
         seed=args.seed,
         hardware=hardware(),
@@ -140,6 +150,8 @@ def write_card(
         run=run,
         config={key: value for key, value in asdict(args).items() if key not in _NOT_SHOWN and value is not None},
         evaluated_on=evaluated_on,
+        evaluated=evaluated_images(args, args.train_split, args.eval_dataset_id),
+        eval_images=accuracies[-1].get("knn_images", 0) if accuracies else 0,
         knn=rows,
         knn_k=args.knn_k,
         knn_temperature=args.knn_temperature,
@@ -147,8 +159,30 @@ def write_card(
         pruned_tokens=PRUNED_TOKENS if (folder / PRUNED_TOKENS).exists() else None,
         tokens_by_depth=TOKENS_BY_DEPTH if (folder / TOKENS_BY_DEPTH).exists() else None,
         objective=args.objective,
+        limits=limits(args, seen, bool(rows), licence),
     )
     (folder / "README.md").write_text(render_model_card(card), encoding="utf-8")
+    results = knn_results(card)
+    if args.eval_dataset_id is not None and results:
+        write_benchmark_entries(folder, [benchmark_entry(results[0], args.eval_dataset_id, args.eval_task_id)])
+
+
+def limits(args: DinoArguments, seen: int, classified: bool, licence: Licence | None) -> list[str]:
+    """What a user has to keep in mind, from the run's own facts."""
+    lines = [
+        "It has no head: classify by neighbours or train a head on its features, or fine-tune it.",
+        f"It saw {seen:,} images, repeats counted, of one data set; on others its features may be worth less.",
+        "One run with one seed: another seed gives somewhat other numbers.",
+        "Nobody checked what it learned from its images that it should not have, such as social biases.",
+    ]
+    if classified:
+        lines.append(
+            "The k-NN accuracies compare features of one data set with each other. They are not comparable with "
+            "published ones, which take center crops and let all of ImageNet vote."
+        )
+    if licence is None:
+        lines.append("No licence was named for these weights.")
+    return lines
 
 
 def command(argv: list[str], about: dict[str, object]) -> str:

@@ -122,6 +122,8 @@ def open_data(args: DinoArguments) -> RunData:
         else:
             notes.append(f"k-NN: off, there is nothing to classify or to vote ({evaluated_on})")
             bank, queries, evaluated_on = None, None, ""
+    if args.eval_dataset_id is not None and queries is None:
+        raise InputError(f"--eval_dataset_id {args.eval_dataset_id}: there will be no score for it: {notes[-1]}")
     return RunData(args, train, image_column, cache, bank, queries, evaluated_on, tuple(notes))
 
 

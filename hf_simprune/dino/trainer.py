@@ -117,6 +117,7 @@ class DinoTrainer:
 
     @property
     def accelerator(self) -> Accelerator:
+        """The engine's."""
         return self.engine.accelerator
 
     def resume(self, resume_from: str) -> Path:

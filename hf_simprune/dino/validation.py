@@ -65,6 +65,8 @@ def validate(args: DinoArguments) -> None:
     Raises:
         InputError: names the option, its value and what would be accepted.
     """
+    from ..hub.card_options import check_card_options
+
     _check_numbers(args)
     _check_choices(args)
     _check_lists(args)
@@ -80,6 +82,7 @@ def validate(args: DinoArguments) -> None:
     parse_config_overrides(args.config_overrides)
     check_objective(args, geometry(args))
     tracker_names(args.report_to)
+    check_card_options(args)
     if args.push_to_hub:
         hub_model_id(args)
 

@@ -6,8 +6,8 @@ Calls take turns (A B C A B C …), so that a slow minute of the machine slows a
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 from ..errors import InputError
 
 
+Name = TypeVar("Name", bound=Hashable)
 Clock = Callable[[Callable[[], object], torch.device], float]
 
 
@@ -59,12 +60,12 @@ def cpu_seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def interleave(
-    sides: Mapping[str, Callable[[], object]],
+    sides: Mapping[Name, Callable[[], object]],
     rounds: int,
     device: torch.device,
     warmup: int = 1,
     clock: Clock = wall_seconds,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Seconds of every side in every round, all sides once a round in the order given.
 
     Args:
@@ -78,7 +79,7 @@ def interleave(
     for _ in range(warmup):
         for call in sides.values():
             call()
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[Name, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, call in sides.items():
             times[name].append(clock(call, device))

@@ -101,7 +101,7 @@ def fit_linear(
     return LinearClassifier(mean, deviation, weight.detach(), bias.detach(), classes)
 
 
-def evaluate_linear(
+def probe_features(
     train_features: Tensor,
     train_labels: Tensor,
     test_features: Tensor,

@@ -71,7 +71,7 @@ def patch_tokens(dense: Callable[[Tensor], Tensor], pixel_values: Iterable[Tenso
 
 def whole_patches(height: int, width: int, patch: tuple[int, int]) -> tuple[int, int]:
     """The size nearest to (height, width) that is made of whole patches, at least one each way."""
-    return tuple(max(1, round(side / p)) * p for side, p in zip((height, width), patch))
+    return max(1, round(height / patch[0])) * patch[0], max(1, round(width / patch[1])) * patch[1]
 
 
 def fit_segmenter(

@@ -3,14 +3,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult
 
-from .model_card import markdown_table, masked, settings_table
+from .facts import Licence
+from .model_card import card_data, markdown_table, masked, render, settings_table
 
 
-_TEMPLATE = files("hf_simprune.hub") / "templates" / "compressed_model.md"
 _CLASSIFIER = "AutoModelForImageClassification"
 
 
@@ -31,16 +30,21 @@ class CompressionCard:
         depth, kept: blocks before and after.
         chosen: how, such as "chosen by its measured effect on the outputs".
         fitted: how the maps were made, such as "in closed form, without training".
+        block_map: the blocks in plain text, removed ones marked.
         replaced: what went and what took its place, one row each: (blocks or half, kind of map).
         dataset: name of the calibration images in words, `dataset_id` their Hub id.
         calibration: such as "333 images to fit, 167 to choose".
         evaluated_on: such as "250 images held out from calibration".
-        results: rows (quantity, original, compressed, change), as text.
+        results: rows (quantity, original, compressed, change, what it was measured on), as text.
+        protocol: how that was measured, a sentence or two each.
+        eval_results: accuracies of the network in this folder for the card's metadata.
+        limits: what the model cannot do and the numbers do not show, a sentence or two each.
         healed: the same rows after distillation, if there was any; `results` then are the training-free ones.
         heal_steps: its steps.
         notes: plain sentences a user has to know, such as that the network has little to give.
         command: what was typed; access tokens in it are masked.
-        seed, hardware, versions, license: of the run, the machine, the libraries, the weights.
+        seed, hardware, versions: of the run, the machine, the libraries.
+        licence: of the weights; None where nobody named one, which the card calls unknown.
         settings: the options, by name; access tokens are masked.
         picture: file name of the heat-maps beside the card.
     """
@@ -57,40 +61,44 @@ class CompressionCard:
     kept: int
     chosen: str
     fitted: str
+    block_map: str
     replaced: Sequence[tuple[str, str]]
     dataset: str
     calibration: str
     evaluated_on: str
-    results: Sequence[tuple[str, str, str, str]]
+    results: Sequence[tuple[str, str, str, str, str]]
     command: str
     seed: int
     hardware: str
     versions: Mapping[str, str]
     base_model: str | None = None
     dataset_id: str | None = None
-    license: str | None = None
-    healed: Sequence[tuple[str, str, str, str]] = ()
+    licence: Licence | None = None
+    healed: Sequence[tuple[str, str, str, str, str]] = ()
     heal_steps: int = 0
     notes: Sequence[str] = ()
+    protocol: Sequence[str] = ()
+    limits: Sequence[str]
+    eval_results: Sequence[EvalResult] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
     picture: str | None = None
 
 
 def render_compression_card(card: CompressionCard) -> str:
     """The text of `README.md`: metadata for the Hub, then the card in Markdown."""
-    data = ModelCardData(
-        library_name="transformers",
+    data = card_data(
+        name=card.name,
         pipeline_tag="image-classification" if card.auto_class == _CLASSIFIER else "image-feature-extraction",
         tags=["vision", "model-compression", "depth-pruning", "simprune"],
-        license=card.license,
-        datasets=card.dataset_id,
+        licence=card.licence,
+        dataset_id=card.dataset_id,
         base_model=card.base_model,
-        model_name=card.name,
+        results=card.eval_results,
     )
-    header = ["", "original", "compressed", "change"]
-    rendered = ModelCard.from_template(
+    header = ["", "original", "compressed", "change", "measured on"]
+    return render(
+        "compressed_model.md",
         data,
-        template_str=_TEMPLATE.read_text(encoding="utf-8"),
         card=card,
         replaced_table=markdown_table(["removed", "replaced by"], card.replaced),
         results_table=markdown_table(header, card.results),
@@ -99,4 +107,3 @@ def render_compression_card(card: CompressionCard) -> str:
         settings_table=settings_table(card.settings),
         versions=", ".join(f"{name} {version}" for name, version in card.versions.items()),
     )
-    return str(rendered).rstrip() + "\n"

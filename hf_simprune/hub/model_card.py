@@ -8,8 +8,11 @@ from importlib.resources import files
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .eval_results import Evaluated
+from .facts import Licence
 
-_TEMPLATE = files("hf_simprune.hub") / "templates" / "dino_backbone.md"
+
+_TEMPLATES = files("hf_simprune.hub") / "templates"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +53,19 @@ class TrainingCard:
         merges: the method merges patches and does not drop them.
         dataset_id: the data set's Hub id, if it has one.
         base_model: Hub id of the checkpoint that training started from.
-        license: Hub identifier of the weights' licence.
+        licence: of the weights; None where nobody named one, which the card calls unknown.
         run: numbers of the run in the order shown, such as {"steps": 800, "images per second": 310}.
         config: the run's arguments, by name; access tokens are masked.
         evaluated_on: such as "360 test images".
+        evaluated: the same for the card's metadata, which has no results without it.
+        eval_images: how many were classified.
         knn: k-NN accuracies; rows without a number are left out.
         knn_k, knn_temperature: of the k-NN classifier.
         few_labels_name: heading of the few-label column, such as "10 labels a class, 20 draws".
         gain: mean, low and high of the paired difference trained − random network, as fractions.
         loss_curve, pruned_tokens, tokens_by_depth: file names of the pictures beside the card.
         objective: "dino" or "dinov2".
+        limits: what the model cannot do and the numbers do not show, a sentence or two each.
     """
 
     name: str
@@ -76,10 +82,12 @@ class TrainingCard:
     merges: bool = False
     dataset_id: str | None = None
     base_model: str | None = None
-    license: str | None = None
+    licence: Licence | None = None
     run: Mapping[str, object] = field(default_factory=dict)
     config: Mapping[str, object] = field(default_factory=dict)
     evaluated_on: str = "the evaluation split"
+    evaluated: Evaluated | None = None
+    eval_images: int = 0
     knn: Sequence[KNNRow] = ()
     knn_k: int = 20
     knn_temperature: float = 0.07
@@ -89,23 +97,24 @@ class TrainingCard:
     pruned_tokens: str | None = None
     tokens_by_depth: str | None = None
     objective: str = "dino"
+    limits: Sequence[str]
 
 
 def render_model_card(card: TrainingCard) -> str:
     """The text of `README.md`: metadata for the Hub, then the card in Markdown."""
-    data = ModelCardData(
-        library_name="transformers",
+    results = knn_results(card)
+    data = card_data(
+        name=card.name,
         pipeline_tag="image-feature-extraction",
         tags=[card.objective, "simprune", "vision", "self-supervised-learning"],
-        license=card.license,
-        datasets=card.dataset_id,
+        licence=card.licence,
+        dataset_id=card.dataset_id,
         base_model=card.base_model,
-        model_name=card.name,
-        eval_results=_eval_results(card) or None,
+        results=results,
     )
-    rendered = ModelCard.from_template(
+    return render(
+        "dino_backbone.md",
         data,
-        template_str=_TEMPLATE.read_text(encoding="utf-8"),
         card=card,
         knn_table=_knn_table(card),
         gain=_gain_sentence(card),
@@ -114,27 +123,58 @@ def render_model_card(card: TrainingCard) -> str:
         config_table=settings_table(card.config),
         versions=", ".join(f"{name} {version}" for name, version in card.versions.items()),
     )
-    return str(rendered).rstrip() + "\n"
 
 
-def _eval_results(card: TrainingCard) -> list[EvalResult]:
-    results = []
+def card_data(
+    *,
+    name: str,
+    pipeline_tag: str,
+    tags: list[str],
+    licence: Licence | None,
+    dataset_id: str | None,
+    base_model: str | None,
+    results: Sequence[EvalResult],
+) -> ModelCardData:
+    """A card's metadata. The Hub has no relation "pruned": what is made of a model's weights it calls a finetune."""
+    licence = licence or Licence("unknown")
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        tags=tags,
+        license=licence.identifier,
+        license_name=licence.name,
+        license_link=licence.link,
+        datasets=None if dataset_id is None else [dataset_id],
+        metrics=["accuracy"] if results else None,
+        base_model=base_model,
+        base_model_relation=None if base_model is None else "finetune",
+        # without results it would become a key of its own, which the Hub does not know
+        model_name=name if results else None,
+        eval_results=list(results) or None,
+    )
+
+
+def render(template: str, data: ModelCardData, **values: object) -> str:
+    """The text of a card from one of the package's templates, with both papers to cite."""
+    papers = (_TEMPLATES / "papers.bib").read_text(encoding="utf-8").strip()
+    text = (_TEMPLATES / template).read_text(encoding="utf-8")
+    return str(ModelCard.from_template(data, template_str=text, papers=papers, **values)).rstrip() + "\n"
+
+
+def knn_results(card: TrainingCard) -> list[EvalResult]:
+    """The accuracies of the trained network for the card's metadata, best known first."""
+    if card.evaluated is None or card.eval_images < 1:
+        return []
+    protocol = f"k-NN classification of frozen features (k = {card.knn_k}, temperature {card.knn_temperature})"
+    found = []
     for row in card.knn:
         columns = {"all labels": row.all_labels, card.few_labels_name: row.few_labels}
-        results += [
-            EvalResult(
-                task_type="image-classification",
-                task_name="k-NN classification of frozen features",
-                dataset_type=card.dataset_id or re.sub(r"[^\w.-]+", "-", card.dataset).strip("-"),
-                dataset_name=card.dataset,
-                metric_type="accuracy",
-                metric_name=f"k-NN accuracy, {row.features}, {name}",
-                metric_value=round(float(value), 4),
-            )
+        found += [
+            card.evaluated.accuracy(f"k-NN accuracy, {row.features}, {name}", value, card.eval_images, protocol)
             for name, value in columns.items()
             if row.trained and value is not None
         ]
-    return results
+    return found
 
 
 def _knn_table(card: TrainingCard) -> str:
@@ -172,7 +212,7 @@ def _setting(name: str, value: object) -> str:
 
 def masked(text: str) -> str:
     """Without access tokens: cards are public."""
-    return re.sub(r"\bhf_[A-Za-z0-9]{4,}", "***", re.sub(r"(--token[ =])\S+", r"\1***", text))
+    return re.sub(r"\bhf_(?!simprune)[A-Za-z0-9]{4,}", "***", re.sub(r"(--token[ =])\S+", r"\1***", text))
 
 
 def _percent(value: float | None) -> str:
@@ -189,3 +229,18 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 def _cell(value: object) -> str:
     return " ".join(str(value).replace("|", r"\|").split())
+
+
+def addressed_to(text: str, repo_id: str) -> str:
+    """A card whose code under "Use" loads `repo_id`: before it is published, it names the folder it lies in.
+
+    Only where all that the code loads has one name; what a person wrote otherwise stays. The same text comes out
+    however often this is done.
+    """
+    head, heading, rest = text.partition("\n## Use\n")
+    section, following, tail = rest.partition("\n## ")
+    loads = re.compile(r"(\.from_pretrained\(\")([^\"\n]+)(\")")
+    if len({found[1] for found in loads.findall(section)}) != 1:
+        return text
+    section = loads.sub(lambda found: f"{found[1]}{repo_id}{found[3]}", section)
+    return head + heading + section + following + tail

@@ -62,16 +62,17 @@ def check_config(name_or_path: str, **hub: str | bool | None) -> None:
     Raises:
         OSError, ValueError: there is no such file, or it names the setting.
     """
-    _check_values(PreTrainedConfig.get_config_dict(name_or_path, **hub)[0])
+    check_values(PreTrainedConfig.get_config_dict(name_or_path, **hub)[0])
 
 
-def _check_values(values: dict[str, Any]) -> None:
+def check_values(values: dict[str, Any]) -> None:
+    """`check_config` for a configuration at hand. Raises ValueError, which names the setting."""
     for name in ("attn_implementation", "_attn_implementation"):
         if isinstance(values.get(name), str) and "/" in values[name]:
             raise ValueError(f"{name} {values[name][:80]!r} is code on the Hub, which a configuration may not ask for")
     for value in values.values():  # towers, and what else has a configuration of its own
         if isinstance(value, dict):
-            _check_values(value)
+            check_values(value)
     for name, most in _MOST.items():
         found = values.get(name)
         for size in found if isinstance(found, (list, tuple)) else (found,):

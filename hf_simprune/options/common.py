@@ -61,3 +61,28 @@ class HubArguments:
     push_to_hub: bool = option(False, "Upload the output folder, without its checkpoints.")
     hub_model_id: str | None = option(None, "Repository; by default the output folder's name.")
     hub_private_repo: bool = option(False, "Make the repository private.")
+
+
+@dataclass(kw_only=True)
+class CardArguments:
+    """What the model card says that only you can know."""
+
+    _argument_group_name = "model card"
+
+    license: str | None = option(
+        None, "Licence of the weights, by its Hub identifier, as apache-2.0 (the starting model's, or unknown)."
+    )
+    base_model_id: str | None = option(None, "Hub id of the starting model, where a copy of it is on this disk.")
+    dataset_id: str | None = option(None, "Hub id of the data set, where a copy of it is on this disk.")
+
+
+@dataclass(kw_only=True)
+class BenchmarkArguments:
+    """Whether the score goes to the leaderboard of a benchmark on the Hub."""
+
+    _argument_group_name = "benchmark"
+
+    eval_dataset_id: str | None = option(
+        None, "Hub id of the benchmark that --eval_split is of: its score is written to .eval_results too."
+    )
+    eval_task_id: str = option("default", "Task of that benchmark, as its eval.yaml names it.")

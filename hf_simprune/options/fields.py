@@ -6,9 +6,9 @@ from dataclasses import field
 from typing import Any
 
 
-def option(default: Any, text: str) -> Any:
-    """An option with a default."""
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, choices: Sequence[str] = ()) -> Any:
+    """An option with a default. `choices` are shown and offered by shell completion; the option's reader judges."""
+    return field(default=default, metadata={"help": text, "choices": tuple(choices)})
 
 
 def values(default: Sequence[Any], text: str) -> Any:

@@ -4,21 +4,21 @@
 import argparse
 import difflib
 import sys
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Generic, NoReturn, TypeVar, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
 from ..errors import InputError
+from .dataclass_parser import NONE_WORDS, HelpFormatter, add_options, plain_type
 
 
 T = TypeVar("T")
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text (put it in quotes)"}
-_NONE_WORDS = ("none", "null")
+JSON_HELP = "Print one JSON object on standard output and nothing else; all other lines go to standard error."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,10 @@ class Options(Generic[T]):
         description: First lines of `--help`.
         required: Options that the command line or the YAML file must give.
         aliases: Other names, such as {"output": "output_dir"}.
-        positional: Option that may be given as a bare word.
+        positional: Options that may be given as bare words, in this order.
         prog: Name of the command in `--help`; by default the script's.
+        examples: Commands that `--help` ends with.
+        json: `--help` names the switch `--json`, which the command line takes before the options are read.
     """
 
     kind: type[T]
@@ -40,10 +42,12 @@ class Options(Generic[T]):
     description: str
     required: Sequence[str] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
-    positional: str | None = None
+    positional: Sequence[str] = ()
     prog: str | None = None
+    examples: Sequence[str] = ()
+    json: bool = False
 
-    @property
+    @cached_property
     def hints(self) -> dict[str, Any]:
         """Type of every option."""
         return {name: hint for name, hint in get_type_hints(self.kind).items() if not name.startswith("_")}
@@ -58,7 +62,7 @@ class Options(Generic[T]):
         """
         argv = [self._canonical(argument) for argument in (sys.argv[1:] if argv is None else argv)]
         hints = self.hints
-        parser = self._build_parser(hints)
+        parser = self.parser()
         if not {"-h", "--help"} & set(argv):
             config = _config_parser().parse_known_args(argv)[0].config
             if config is not None:
@@ -73,7 +77,7 @@ class Options(Generic[T]):
         }
         for name in self.required:
             if not values[name]:
-                words = f"{name.upper()}, or --{name}," if name == self.positional else f"--{name}"
+                words = f"{name.upper()}, or --{name}," if name in self.positional else f"--{name}"
                 raise InputError(f"{words} is required: give it on the command line or in the YAML file")
         return self.kind(**values)
 
@@ -95,26 +99,24 @@ class Options(Generic[T]):
             values[name] = _typed(f"--config {path}: {name}", value, hints[name])
         return values
 
-    def _build_parser(self, hints: Mapping[str, Any]) -> "_Parser":
-        word = f"[{self.positional.upper()}] " if self.positional is not None else ""
+    def parser(self) -> argparse.ArgumentParser:
+        """The parser of the command line, which shows `--help`."""
+        words = "".join(f"[{name.upper()}] " for name in self.positional)
+        examples = ["examples:", *(f"  {example}" for example in self.examples)] if self.examples else []
         parser = _Parser(
-            self.groups,
             prog=self.prog,
-            usage=f"%(prog)s {word}[--config FILE] [--option value ...]",
+            usage=f"%(prog)s {words}[--config FILE] [--option value ...]",
             description=self.description,
-            formatter_class=_HelpFormatter,
+            epilog="\n".join(examples),
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
+        notes = {name: f"Also --{alias}." for alias, name in self.aliases.items()}
+        for kind in self.groups:
+            add_options(parser, kind, self.hints, notes)
         parser.add_argument("--config", help="YAML file of options; the command line wins over it.")
-        aliases = {name: alias for alias, name in self.aliases.items()}
-        for action in parser._actions:
-            action.required = False  # the YAML file may hold it
-            if action.dest in hints:
-                action.option_strings = action.option_strings[:1]  # hyphens are gone by the time of parsing
-            if action.dest in hints and _optional(hints[action.dest]) and action.type is not None:
-                action.type = _or_none(action.type)
-            if action.dest in aliases:
-                action.help = f"{action.help} Also --{aliases[action.dest]}."
+        if self.json:
+            parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=JSON_HELP)
         return parser
 
     def _canonical(self, argument: str) -> str:
@@ -126,10 +128,12 @@ class Options(Generic[T]):
         return "--" + self.aliases.get(name, name) + equals + value
 
     def _take_positional(self, namespace: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> None:
-        given = any(word.partition("=")[0] == f"--{self.positional}" for word in argv)
-        if self.positional is None or given or len(rest) > 1 or rest[0].startswith("-"):
+        given = {word.partition("=")[0] for word in argv}
+        free = [name for name in self.positional if f"--{name}" not in given]
+        if len(rest) > len(free) or any(word.startswith("-") for word in rest):
             raise InputError(self._unknown_argument(rest))
-        setattr(namespace, self.positional, rest[0])
+        for name, word in zip(free, rest):
+            setattr(namespace, name, word)
 
     def _unknown_argument(self, rest: Sequence[str]) -> str:
         first = next((argument for argument in rest if argument.startswith("-")), rest[-1])
@@ -143,13 +147,7 @@ class Options(Generic[T]):
         return f"; did you mean {dashes}{matches[0]}?" if matches else "; run with --help for the list"
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        # a default of None is described in the text, in brackets
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class _Parser(HfArgumentParser):
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
@@ -189,43 +187,29 @@ def _config_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _or_none(convert: Any) -> Any:
-    def converter(text: str) -> Any:
-        return text.lower() if text.lower() in _NONE_WORDS else convert(text)
-
-    converter.__name__ = convert.__name__  # argparse names it when a value is refused
-    return converter
-
-
 def _without_none_word(name: str, value: Any, hint: Any) -> Any:
     words = value if isinstance(value, list) else [value]
-    if not _optional(hint) or not any(word in _NONE_WORDS for word in words):
+    if not plain_type(hint)[2] or not any(word in NONE_WORDS for word in words):
         return value
     if len(words) > 1:
         raise InputError(f"--{name}: none cannot stand beside other values")
     return None
 
 
-def _optional(hint: Any) -> bool:
-    return type(None) in get_args(hint)
-
-
 def _typed(where: str, value: Any, hint: Any) -> Any:
     """`value` from YAML as the type `hint` asks for: bool, int, float, str, a list of one of these, or None."""
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(kind for kind in get_args(hint) if kind is not type(None))
-    if get_origin(hint) is list:
-        kind = get_args(hint)[0]
+    kind, several, optional = plain_type(hint)
+    if optional and value is None:
+        return None
+    if several:
         if not isinstance(value, list):
             raise InputError(f"{where}: expected a list, each entry {_KINDS[kind]}, got {value!r}")
         return [_typed(where, entry, kind) for entry in value]
-    if hint is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
+    if kind is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
         try:  # YAML 1.1 reads 5e-4 as text
             return float(value)
         except ValueError:
             pass
-    if type(value) is hint:
+    if type(value) is kind:
         return value
-    raise InputError(f"{where}: expected {_KINDS[hint]}, got {value!r}")
+    raise InputError(f"{where}: expected {_KINDS[kind]}, got {value!r}")

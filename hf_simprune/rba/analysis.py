@@ -100,6 +100,7 @@ def analyze(
         chunk_size: images at a time. Memory grows with it and with nothing else about the images.
         first_block: offer block 0 too.
         accelerator: shares the images among its processes; the result does not depend on their number.
+        progress: show bars on stderr.
 
     Raises:
         InputError: bad options, an unsupported family, weights that are not finite, too few tokens, unreadable images.
@@ -113,7 +114,7 @@ def analyze(
         raise InputError(f"--cost_images {cost_images}, --batch_size {chunk_size}: both at least 1")
     items = candidate_items(adapter, measured_kinds, granularity, max_span, rank, first_block)
     if not isinstance(images, CalibrationSet):
-        images = calibration_set(images, processor or _processor_of(model), calibration_images, seed=seed)
+        images = calibration_set(images, processor or processor_of(model), calibration_images, seed=seed)
     check_finite_weights(model)
     _check_tokens(adapter, images)
     if accelerator is not None:
@@ -164,7 +165,8 @@ def check_finite_weights(model: PreTrainedModel) -> None:
             raise InputError(f"model: its weight {name} holds NaN or infinity; every weight must be finite")
 
 
-def _processor_of(model: PreTrainedModel) -> BaseImageProcessor:
+def processor_of(model: PreTrainedModel) -> BaseImageProcessor:
+    """The image processor of where the model came from. Raises InputError where there is none."""
     try:
         return AutoImageProcessor.from_pretrained(model.name_or_path, backend="pil")
     except (OSError, ValueError) as error:
@@ -225,7 +227,7 @@ def _metrics(moments: Moments, depth: int) -> list[SpanRecord]:
         "svcca": svcca(moments),
         "explained_variance": explained_variance(moments),
     }
-    values: dict[str, list[list[float]]] = {name: matrix.tolist() for name, matrix in matrices.items()}
+    values: dict[str, Any] = {name: matrix.tolist() for name, matrix in matrices.items()}
     return [
         SpanRecord(i, j, **{name: matrix[i][j] for name, matrix in values.items()})
         for i in range(depth)

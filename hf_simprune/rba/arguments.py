@@ -7,7 +7,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..errors import InputError
-from ..options.common import ALIASES, CheckpointArguments, DatasetArguments, HubArguments, OutputArguments
+from ..options.common import (
+    ALIASES,
+    BenchmarkArguments,
+    CardArguments,
+    CheckpointArguments,
+    DatasetArguments,
+    HubArguments,
+    OutputArguments,
+)
 from ..options.fields import option
 from ..options.parsing import Options
 from .plan import SPAN_MAPS, CompressionPlan
@@ -37,9 +45,12 @@ class AnalysisArguments:
         "Maps that may replace a span, one or several of fold linear identity low_rank mlp res_mlp (to analyze: fold "
         "linear; to compress: fold, whose result is a stock model). mlp and res_mlp are trained once chosen; before "
         "that, linear stands in for them.",
+        SPAN_MAPS,
     )
     rank: int | None = option(None, "Rank of low_rank maps (an eighth of the width).")
-    granularity: str = option("block", "block: whole blocks go; half: attention or MLP of a block may go alone.")
+    granularity: str = option(
+        "block", "block: whole blocks go; half: attention or MLP of a block may go alone.", GRANULARITIES
+    )
     max_span: int = option(6, "Most blocks in a row whose cost is measured.")
     ridge: float = option(1e-4, "Ridge of the closed-form maps, relative to the mean variance of a feature.")
     bias: bool = option(True, "Fit a bias too; false with --ridge 0 is the published least squares.")
@@ -70,7 +81,9 @@ class MethodArguments:
     _argument_group_name = "method"
 
     strategy: str = option(
-        "measured", "measured: cheapest by measured cost; br-contiguous, br-greedy: by block redundancy, as published."
+        "measured",
+        "measured: cheapest by measured cost; br-contiguous, br-greedy: by block redundancy, as published.",
+        STRATEGIES,
     )
     refit: bool = option(False, "Fit the maps again one after the other; kept only if the held-out cost falls.")
     heal_steps: int = option(0, "Steps of label-free distillation from the original network afterwards.")
@@ -84,6 +97,8 @@ COMPRESS_GROUPS = (
     BudgetArguments,
     MethodArguments,
     AnalysisArguments,
+    CardArguments,
+    BenchmarkArguments,
     HubArguments,
 )
 
@@ -103,6 +118,8 @@ class CompressArguments(
     BudgetArguments,
     MethodArguments,
     AnalysisArguments,
+    CardArguments,
+    BenchmarkArguments,
     HubArguments,
 ):
     """Every option of `hf-simprune compress` and `recipes/compress.py`."""
@@ -118,8 +135,13 @@ ANALYZE_OPTIONS = Options(
     "redundancy.png. Nothing is removed.",
     required=_REQUIRED,
     aliases=ALIASES,
-    positional="model_name_or_path",
+    positional=("model_name_or_path",),
     prog="hf-simprune analyze",
+    examples=(
+        "hf-simprune analyze facebook/deit-tiny-patch16-224 --dataset path/to/images --output analysis",
+        "hf-simprune analyze path/to/model --dataset user/images --granularity half --output analysis --json",
+    ),
+    json=True,
 )
 COMPRESS_OPTIONS = Options(
     kind=CompressArguments,
@@ -128,8 +150,14 @@ COMPRESS_OPTIONS = Options(
     "No training, no labels needed; the result loads with from_pretrained.",
     required=_REQUIRED,
     aliases=ALIASES,
-    positional="model_name_or_path",
+    positional=("model_name_or_path",),
     prog="hf-simprune compress",
+    examples=(
+        "hf-simprune compress facebook/deit-tiny-patch16-224 --dataset path/to/images --remove_blocks 2 --output out",
+        "hf-simprune compress path/to/model --dataset user/images --max_flops 0.8x --granularity half --output out",
+        "hf-simprune compress path/to/model --dataset path/to/images --plan plan.json --output out",
+    ),
+    json=True,
 )
 
 
@@ -230,7 +258,10 @@ def validate_compression(args: CompressArguments) -> None:
     Raises:
         InputError: names the option, its value and what would be accepted.
     """
+    from ..hub.card_options import check_card_options  # imports huggingface_hub, which --help does without
+
     validate_analysis(args)
+    check_card_options(args)
     given = [name for name in (*BUDGETS, "plan") if vars(args)[name] is not None]
     accepted = ", ".join(f"--{name}" for name in BUDGETS)
     if not given:

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..evaluation.classification import HeadAccuracy, head_accuracy, match_labels
 from ..evaluation.knn import paired_bootstrap_interval
 from ..evaluation.latency import compare_latency
-from ..evaluation.linear_probe import evaluate_linear
+from ..evaluation.linear_probe import probe_features
 from ..evaluation.model_cost import macs, parameters
 from .adapters import Adapter, module_forward
 from .calibration import ImageReader
@@ -86,27 +86,31 @@ class Comparison:
         return asdict(self)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """(quantity, original, compressed, change), as text for terminal and card."""
+        """(quantity, original, compressed, change), as text for the terminal."""
+        return [row[:4] for row in self.card_rows()]
+
+    def card_rows(self) -> list[tuple[str, str, str, str, str]]:
+        """(quantity, original, compressed, change, what it was measured on), as text."""
         kilo, mega, giga = 1e3, 1e6, 1e9
+        images = f"{self.images:,} images" if self.images > 1 else "1 image"
         table = [
-            _pair_row("parameters, M", self.parameters, mega),
-            _pair_row("FLOPs an image, G", (2 * self.macs[0], 2 * self.macs[1]), giga),
-            _pair_row("file, MB", self.file_bytes, mega),
+            (*_pair_row("parameters, M", self.parameters, mega), ""),
+            (*_pair_row("FLOPs an image, G", (2 * self.macs[0], 2 * self.macs[1]), giga), ""),
+            (*_pair_row("file, MB", self.file_bytes, mega), ""),
         ]
         ratio, low, high = self.latency_ratio
-        milliseconds = [f"{kilo * value:.4g}" for value in self.seconds]
-        table.append(
-            (f"latency of one image, ms ({self.device})", *milliseconds, f"x{ratio:.3f} [{low:.3f}, {high:.3f}]")
-        )
+        times = [f"{kilo * value:.4g}" for value in self.seconds]
+        change = f"x{ratio:.3f} [{low:.3f}, {high:.3f}]"
+        table.append((f"latency of one image, ms ({self.device})", *times, change, f"{LATENCY_ROUNDS} rounds"))
         cost, low, high = self.cost
-        table.append((self.cost_name, "0", number(cost), f"[{number(low)}, {number(high)}]"))
+        table.append((self.cost_name, "0", number(cost), f"[{number(low)}, {number(high)}]", images))
         if self.agreement is None:
-            table.append(("relative squared error of the output", "0", number(self.relative_error), ""))
+            table.append(("relative squared error of the output", "0", number(self.relative_error), "", images))
         else:
-            table.append(("same class as the original", "100 %", f"{100 * self.agreement:.1f} %", ""))
+            table.append(("same class as the original", "100 %", f"{100 * self.agreement:.1f} %", "", images))
         for name, accuracy in (("original head", self.head), ("re-trained linear head", self.retrained)):
             if accuracy is not None and accuracy.original is not None:
-                table.append((f"top-1, {name}", *_accuracy_cells(accuracy)))
+                table.append((f"top-1, {name}", *_accuracy_cells(accuracy), f"{accuracy.images:,} images"))
         return table
 
 
@@ -233,7 +237,7 @@ def _retrained(
         return Accuracy(None, None, None, 0, reason)
     fitted = _outputs(sides, training, chunk_size, "features" if progress else None)
     hits = [
-        evaluate_linear(
+        probe_features(
             fitted.features[side], fitted.labels, seen.features[side][tested], seen.labels[tested], seed=seed
         ).hits
         for side in (0, 1)

@@ -22,7 +22,7 @@ CARD = "README.md"
 # What a result consists of, and nothing else; replacing one removes no other name.
 _RESULT_NAMES = re.compile(
     r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(pre)?processor_config\.json|"
-    r"README\.md|compression\.json|redundancy\.(json|png)|\w+_simprune_\w+\.py|"
+    r"README\.md|\.eval_results|compression\.json|redundancy\.(json|png)|\w+_simprune_\w+\.py|"
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|spiece\.model"
 )
 
@@ -63,10 +63,11 @@ def check_output_dir(output_dir: str, overwrite: bool) -> None:
 
 
 @contextmanager
-def building(output_dir: str) -> Iterator[Path]:
+def building(output_dir: str, option: str = "--output_dir") -> Iterator[Path]:
     """A hidden folder beside `output_dir` to write into; it takes its place when the block ends without an error.
 
     What an earlier result wrote there is replaced, other files stay. After an error, or Ctrl-C, nothing is left.
+    `option` names the folder in messages.
 
     Raises:
         TrainingError: a file could not be written.
@@ -81,7 +82,7 @@ def building(output_dir: str) -> Iterator[Path]:
         flush_tree(folder)
         _put_in_place(folder, final)
     except STORAGE_ERRORS as error:
-        raise TrainingError(f"--output_dir {output_dir} could not be written: {reason(error)}") from error
+        raise TrainingError(f"{option} {output_dir} could not be written: {reason(error)}") from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -101,10 +102,12 @@ def _put_in_place(folder: Path, final: Path) -> None:
     names = [path.name for path in folder.iterdir()]
     # REPORT marks the folder as a result, so it stays until the new one takes its place
     for name in sorted(names):
+        if (final / name).is_dir():
+            shutil.rmtree(final / name)
         (folder / name).replace(final / name)
     for path in list(final.iterdir()):
         if path.name not in names and _RESULT_NAMES.fullmatch(path.name):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     flush(final)
 
 

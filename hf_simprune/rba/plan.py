@@ -41,7 +41,7 @@ class Span:
         if self.map == "fold" and self.start == 0:
             raise InputError(f"plan: fold 0→{self.end} has no block before it to fold into: start at 1 or more")
         if self.map == "low_rank":
-            if not _is_integer(self.rank) or self.rank < 1:
+            if not _is_integer(self.rank) or (self.rank or 0) < 1:
                 raise InputError(f"plan: span rank={self.rank!r}: low_rank needs a whole number of 1 or more")
         elif self.rank is not None:
             raise InputError(f"plan: span rank={self.rank!r}: only low_rank takes a rank, not {self.map}")
@@ -228,7 +228,7 @@ def _is_integer(value: object) -> bool:
 
 
 def _check_index(name: str, value: object) -> None:
-    if not _is_integer(value) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise InputError(f"{name}={value!r}: a whole number of 0 or more is needed")
 
 

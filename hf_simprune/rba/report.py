@@ -239,7 +239,9 @@ def _known(kind: type, content: Any, where: str) -> dict[str, Any]:
 
 
 def _record(kind: type, content: Any, where: str) -> Any:
-    values = {name: math.nan if value is None else value for name, value in _known(kind, content, where).items()}
+    values: dict[str, Any] = {
+        name: math.nan if value is None else value for name, value in _known(kind, content, where).items()
+    }
     if "costs" in values:
         values["costs"] = {name: math.nan if value is None else value for name, value in dict(values["costs"]).items()}
     return _made(kind, values, where)

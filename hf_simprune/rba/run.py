@@ -18,20 +18,22 @@ from ..errors import InputError, TrainingError
 from ..evaluation.model_cost import PieceCosts, file_size
 from ..hub.publish import UploadError, create_repo_early, repository_name, upload_run
 from ..pictures_rba import plot_redundancy
+from ..terminal import highlighted
 from .adapters import Adapter, adapter_for
 from .advice import network_notes, result_notes
 from .analysis import Analysis, analyze, check_finite_weights
 from .arguments import AnalyzeArguments, CompressArguments, parse_limit, validate_analysis, validate_compression
 from .candidates import TRAINED_MAPS
+from .card import benchmark_notes, missing_accuracies, write_card
 from .checkpoint import Checkpoint, load_checkpoint, loader_of
 from .choice import measure_choice, refit_choice
 from .comparison import Comparison, compare
 from .converter import can_hold_maps, convert
 from .heal import heal
 from .limits import blank_pieces, budget_of, check_reachable
-from .output import CARD, PICTURE, RECORD, REPORT, building, check_output_dir, write_json
+from .output import PICTURE, RECORD, REPORT, building, check_output_dir, write_json
 from .plan import STOCK_MAPS, CompressionPlan
-from .records import Outcome, Result, compression_card, compression_record, missing_accuracies
+from .records import Outcome, Result, compression_record
 from .replay import check_plan
 from .report import text_table
 from .run_images import RunImages, open_images
@@ -150,7 +152,7 @@ def _start(args: AnalyzeArguments | CompressArguments) -> _Start:
     for note in images.notes:
         accelerator.print(note)
     checkpoint.model.to(accelerator.device)
-    return _Start(checkpoint, adapter, images, accelerator, accelerator.print)
+    return _Start(checkpoint, adapter, images, accelerator, lambda text: accelerator.print(highlighted(text)))
 
 
 def _analyse(args: AnalyzeArguments | CompressArguments, start: _Start) -> Analysis:
@@ -218,11 +220,11 @@ def _finish(
         check_reload(model, folder, chunk.pixel_values.to(model.device, model.dtype))
         clock.lap("reloading")
         notes = network_notes(analysis.report) + result_notes(comparison, healed, _latency_share(args, comparison))
+        notes += benchmark_notes(args, healed or comparison)
         result = Result(outcome, comparison, healed, tuple(notes), clock.seconds)
         _write_report(analysis, folder, outcome.choice.plan)
         write_json(folder / RECORD, compression_record(args, start.images, analysis, result))
-        card = compression_card(args, model, start.adapter, start.images, result, repo_id)
-        (folder / CARD).write_text(card, encoding="utf-8")
+        write_card(folder, args, model, start.adapter, start.images, result, repo_id)
     _tell(args, start.say, result)
     if repo_id is not None:
         try:

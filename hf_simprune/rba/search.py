@@ -233,12 +233,14 @@ class _Search:
 def _offered(item: Span | Half, kinds: Sequence[str], granularity: str) -> list[Span | Half]:
     if isinstance(item, Half):
         return [item] if granularity == "half" else []
-    own = [item] if item.map in kinds else []
+    own: list[Span | Half] = [item] if item.map in kinds else []
     return own + [Span(item.start, item.end, kind) for kind in TRAINED_MAPS if item.map == "linear" and kind in kinds]
 
 
 def _stand_in(item: Span | Half) -> Span | Half:
-    return Span(item.start, item.end, "linear") if item.map in TRAINED_MAPS else item
+    if isinstance(item, Span) and item.map in TRAINED_MAPS:
+        return Span(item.start, item.end, "linear")
+    return item
 
 
 def _br_choice(
@@ -265,6 +267,7 @@ def _br_choice(
 
 def _with_trained_maps(analysis: Analysis, search: _Search, pieces: PieceCosts, seed: int) -> Choice:
     best = search.best()
+    assert best is not None  # a search that finds no plan has raised
     table = sorted(search.table.values(), key=lambda entry: (entry != best, entry.cost, entry.predicted_cost))
     maps = {item: search.maps[item] for item in best.plan.items}
     if any(item.map in TRAINED_MAPS for item in best.plan.items):

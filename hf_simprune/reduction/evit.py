@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .base import BranchReducer, ReductionSetting, Seen, keep_count
-from .token_maps import Fused, Kept, TokenMap, Unchanged
+from .token_maps import Fused, Kept, TokenMap, Unchanged, descending_order
 
 
 class EViTReducer(BranchReducer):
@@ -57,7 +57,7 @@ def keep_attended(attention: Tensor, keep: int, fuse: bool) -> TokenMap:
     With `fuse` the others are summed, weighted by their attention, and appended.
     """
     # Not topk, which breaks ties as it likes. Sorting again keeps the order in the image.
-    order = attention.argsort(dim=-1, descending=True, stable=True)
+    order = descending_order(attention)
     kept = order[:, :keep].sort(dim=-1).values
     if not fuse:
         return Kept(kept, attention.shape[1])

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from .base import BranchReducer, ReductionSetting, Seen, keep_count
-from .token_maps import Merged, TokenMap, Unchanged, to_full_precision
+from .token_maps import Merged, TokenMap, Unchanged, descending_order, to_full_precision
 
 
 class MCTFReducer(BranchReducer):
@@ -120,11 +120,11 @@ def fuse_both_ways(edges: Tensor, remove: int) -> Tensor:
     first = remove // 2
     second = remove - first
     best, partner = edges.max(2)
-    order = best.argsort(dim=1, descending=True, stable=True)
+    order = descending_order(best, dim=1)
     a_gone, a_left = order[:, :first], order[:, first:].sort(1).values
     remaining = edges.gather(1, a_left.unsqueeze(2).expand(-1, -1, num_b))
     back, back_partner = remaining.max(1)
-    order = back.argsort(dim=1, descending=True, stable=True)
+    order = descending_order(back, dim=1)
     b_gone, b_left = order[:, :second], order[:, second:].sort(1).values
 
     num_left = num_a - first

@@ -32,7 +32,10 @@ METHODS: dict[str, type[TokenReducer]] = {
 REDUCTIONS = ("none", *METHODS)
 # Those that need no training and so also work at inference, on any checkpoint.
 INFERENCE_METHODS: dict[str, type[BranchReducer]] = {
-    name: METHODS[name] for name in ("evit", "expedit", "mctf", "tome")
+    "evit": EViTReducer,
+    "expedit": ExpeditReducer,
+    "mctf": MCTFReducer,
+    "tome": ToMeReducer,
 }
 
 
@@ -74,6 +77,7 @@ def parse_options(name: str, text: str | None) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     known = method_options(name) if name in METHODS else {}
+    text = text or ""
     for entry in text.split(",") if text else []:
         key, equals, value = (part.strip() for part in entry.partition("="))
         if not equals or not value:

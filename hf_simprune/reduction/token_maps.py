@@ -177,6 +177,14 @@ class Unchanged(TokenMap):
         return after
 
 
+def descending_order(scores: Tensor, dim: int = -1) -> Tensor:
+    """The indices that sort `scores` along `dim`, the highest first; of equal scores the lower index comes first."""
+    if torch.onnx.is_in_onnx_export():
+        # It has no stable sort, and for the plain one it writes TopK, which puts the lower index first.
+        return scores.argsort(dim=dim, descending=True)
+    return scores.argsort(dim=dim, descending=True, stable=True)
+
+
 def mix_tokens(weights: Tensor, tokens: Tensor) -> Tensor:
     """`weights` (R, m, n) times `tokens` (R, n, D), in the weights' dtype without autocast, then as the tokens are."""
     with torch.autocast(tokens.device.type, enabled=False):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from .base import BranchReducer, ReductionSetting, Seen, keep_count
-from .token_maps import Merged, TokenMap, Unchanged, to_full_precision
+from .token_maps import Merged, TokenMap, Unchanged, descending_order, to_full_precision
 
 
 SCHEDULES = ("stages", "every_layer")
@@ -86,7 +86,7 @@ def merge_similar(keys: Tensor, sizes: Tensor | None, merges: int) -> Merged:
         best, match = (unit[:, 1::2] @ unit[:, ::2].transpose(1, 2)).max(-1)
 
     left = best.shape[1] - merges
-    order = best.argsort(dim=-1, descending=True, stable=True)
+    order = descending_order(best)
     stay = order[:, merges:].sort(dim=-1).values
     places = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)
     group_of = match.new_empty(keys.shape[:2])

@@ -113,7 +113,7 @@ class TestAccuracy:
         with torch.no_grad():
             tokens = network(**processor(images=pictures, return_tensors="pt")).last_hidden_state
         features = {"knn_accuracy": tokens[:, 0], "knn_accuracy_patch_mean": tokens[:, 1:].mean(dim=1)}
-        assert found.keys() == features.keys()
+        assert found.pop("knn_images") == 20 and found.keys() == features.keys()
         for key, values in features.items():
             predicted = naive_knn(values[:40], bank.labels.tolist(), values[40:], K, TEMPERATURE)
             expected = sum(p == label for p, label in zip(predicted, queries.labels.tolist())) / 20
@@ -128,6 +128,7 @@ class TestAccuracy:
 
         def accuracy(bank, queries, image):
             found = knn(network, processor, labelled(bank, image), labelled(queries, image))(0)
+            assert found["knn_images"] == 19
             return found["knn_accuracy"], found["knn_accuracy_patch_mean"]
 
         rows, queries = [r for r in range(40) if r not in (0, 3)], [r for r in range(40, 60) if r != 41]

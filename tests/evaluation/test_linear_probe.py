@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from hf_simprune.errors import InputError
-from hf_simprune.evaluation.linear_probe import evaluate_linear, fit_linear
+from hf_simprune.evaluation.linear_probe import fit_linear, probe_features
 
 
 def clusters(rows: int, classes: int = 4, width: int = 12, seed: int = 0, noise: float = 2.0):
@@ -44,8 +44,8 @@ def test_the_scale_of_a_feature_does_not_matter():
     train, labels = clusters(300)
     test, test_labels = clusters(300, seed=1)
     factors = torch.logspace(-3, 3, train.shape[1]).flip(0)
-    plain = evaluate_linear(train, labels, test, test_labels)
-    scaled = evaluate_linear(train * factors, labels, test * factors, test_labels)
+    plain = probe_features(train, labels, test, test_labels)
+    scaled = probe_features(train * factors, labels, test * factors, test_labels)
     assert (plain.predictions == scaled.predictions).float().mean() > 0.99
 
 
@@ -54,7 +54,7 @@ def test_strong_decay_is_chosen_where_features_are_mostly_noise():
     train, labels = clusters(150)
     test, test_labels = clusters(1000, seed=1)
     noise = [torch.randn(len(rows), 200, generator=generator) for rows in (train, test)]
-    noisy = evaluate_linear(torch.cat([train, noise[0]], 1), labels, torch.cat([test, noise[1]], 1), test_labels)
+    noisy = probe_features(torch.cat([train, noise[0]], 1), labels, torch.cat([test, noise[1]], 1), test_labels)
     worst = fit_linear(torch.cat([train, noise[0]], 1), labels, 1e-4).predict(torch.cat([test, noise[1]], 1))
     assert noisy.l2 >= 1e-2
     assert noisy.accuracy > (worst == test_labels).double().mean().item()
@@ -63,13 +63,13 @@ def test_strong_decay_is_chosen_where_features_are_mostly_noise():
 def test_accuracy_hits_and_interval_belong_together():
     train, labels = clusters(300)
     test, test_labels = clusters(400, seed=1)
-    result = evaluate_linear(train, labels, test, test_labels)
+    result = probe_features(train, labels, test, test_labels)
     assert torch.equal(result.hits, result.predictions == test_labels)
     assert result.accuracy == pytest.approx(result.hits.double().mean().item())
     low, high = result.interval
     spread = 1.96 * (result.accuracy * (1 - result.accuracy) / 400) ** 0.5
     assert (low, high) == pytest.approx((result.accuracy - spread, result.accuracy + spread), abs=0.01)
-    again = evaluate_linear(train, labels, test, test_labels)
+    again = probe_features(train, labels, test, test_labels)
     assert again.interval == result.interval
 
 
@@ -78,8 +78,8 @@ def test_a_feature_that_never_changes_is_harmless():
     test, test_labels = clusters(200, seed=1)
     padded = [torch.cat([rows, torch.full((len(rows), 1), 0.1)], 1) for rows in (train, test)]
     plain, with_constant = (
-        evaluate_linear(train, labels, test, test_labels),
-        evaluate_linear(padded[0], labels, padded[1], test_labels),
+        probe_features(train, labels, test, test_labels),
+        probe_features(padded[0], labels, padded[1], test_labels),
     )
     assert torch.equal(plain.predictions, with_constant.predictions)
 
@@ -99,7 +99,7 @@ def test_bad_input_is_named(features, labels, message):
 
 def test_a_single_test_row_has_an_accuracy_without_an_interval():
     train, labels = clusters(100)
-    result = evaluate_linear(train, labels, train[:1], labels[:1])
+    result = probe_features(train, labels, train[:1], labels[:1])
     assert result.interval == (result.accuracy, result.accuracy)
     assert result.accuracy == float(result.hits[0])
 
@@ -109,5 +109,5 @@ def test_a_class_that_only_the_held_out_fifth_shows_is_no_error():
     labels = torch.zeros_like(labels)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
     labels[order[0]] = 1  # in the fifth that seed 0 holds out
-    result = evaluate_linear(train, labels, train, labels, seed=0)
+    result = probe_features(train, labels, train, labels, seed=0)
     assert result.predictions.tolist() == labels.tolist()

@@ -2,20 +2,16 @@
 """The card says what it was given, says nothing else, and its snippet runs."""
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
 from huggingface_hub import ModelCard
-from PIL import Image
-from transformers import ViTConfig, ViTModel
 
 import hf_simprune
-from hf_simprune.evaluation.features import build_image_processor
-from hf_simprune.hub.model_card import KNNRow, TrainingCard, render_model_card
+from hf_simprune.hub.card_check import check_card, missing_parts
+from hf_simprune.hub.eval_results import Evaluated
+from hf_simprune.hub.facts import Licence
+from hf_simprune.hub.model_card import KNNRow, TrainingCard, addressed_to, render_model_card
 
 
 BARE = TrainingCard(
@@ -28,6 +24,7 @@ BARE = TrainingCard(
     seed=42,
     hardware="a laptop",
     versions={"torch": "A", "transformers": "B"},
+    limits=["It has no head."],
 )
 FULL = replace(
     BARE,
@@ -35,10 +32,13 @@ FULL = replace(
     keep_rate=0.7,
     dataset_id="someone/digits",
     base_model="someone/vit",
-    license="apache-2.0",
+    licence=Licence("apache-2.0"),
     run={"optimiser steps": 800, "images per second": 312.5},
     config={"keep_rate": 0.7, "reduction_layers": [1, 3, 4], "note": "a|b"},
     evaluated_on="360 test images",
+    evaluated=Evaluated(dataset="digits", split="test", dataset_id="someone/digits", revision="a" * 40),
+    eval_images=360,
+    limits=["It has no head.", "One run."],
     knn=[
         KNNRow(features="random network, CLS", all_labels=0.8, few_labels=0.512, few_labels_std=0.021),
         KNNRow(features="trained network, CLS", all_labels=0.9456, few_labels=0.8, trained=True),
@@ -56,17 +56,25 @@ def body(text):
     return text.split("---\n", 2)[2]
 
 
+def test_cards_are_sound_whatever_they_tell():
+    for card in (BARE, FULL, replace(BARE, token_reduction="tome", merges=True), replace(FULL, objective="dinov2")):
+        text = render_model_card(card)
+        assert check_card(text) == [] and missing_parts(text) == []
+
+
 def test_metadata_is_what_the_hub_reads():
     data = ModelCard(render_model_card(FULL)).data
     assert (data.library_name, data.license, data.base_model) == ("transformers", "apache-2.0", "someone/vit")
-    assert data.datasets == "someone/digits"
+    assert data.datasets == ["someone/digits"] and data.base_model_relation == "finetune"
     assert {"dino", "simprune", "vision"} <= set(data.tags)
     results = {result.metric_name: result for result in data.eval_results}
     assert {name: result.metric_value for name, result in results.items()} == {
-        "k-NN accuracy, trained network, CLS, all labels": 0.9456,
-        "k-NN accuracy, trained network, CLS, 10 labels a class, 20 draws": 0.8,
+        "k-NN accuracy, trained network, CLS, all labels, 360 images": 0.9456,
+        "k-NN accuracy, trained network, CLS, 10 labels a class, 20 draws, 360 images": 0.8,
     }
-    assert {result.dataset_type for result in results.values()} == {"someone/digits"}
+    for result in results.values():
+        assert (result.dataset_type, result.dataset_split) == ("someone/digits", "test")
+        assert result.dataset_revision == "a" * 40 and result.metric_args == {"num_samples": 360}
 
 
 def test_tables_hold_the_numbers_given():
@@ -101,7 +109,14 @@ def test_what_was_not_measured_is_not_mentioned():
     # The seed and the model's and paper's names hold the only digits left.
     assert set(re.findall(r"\d+", visible)) <= {"42", "2104", "14294", "0"}
     data = ModelCard(text).data
-    assert data.eval_results is None and data.license is None and data.datasets is None and data.base_model is None
+    assert data.eval_results is None and data.datasets is None and data.base_model is None
+    assert data.license == "unknown" and data.get("base_model_relation") is None and "model_name" not in data.to_dict()
+
+
+def test_a_licence_without_an_identifier_keeps_its_name_and_link():
+    named = Licence("other", "dinov3-license", "https://example.org/license")
+    data = ModelCard(render_model_card(replace(FULL, licence=named))).data
+    assert (data.license, data.license_name, data.license_link) == tuple(named)
 
 
 def test_a_keep_rate_without_a_say_is_not_mentioned():
@@ -122,6 +137,7 @@ def test_access_tokens_never_reach_the_card():
     text = render_model_card(replace(FULL, command=f"train --token {secret} --token=opaque --seed 1", config=config))
     assert secret not in text and "opaque" not in text
     assert "train --token *** --token=*** --seed 1" in text and "| `seed` | `1` |" in text
+    assert "python -m hf_simprune.cli" in render_model_card(replace(FULL, command="python -m hf_simprune.cli"))
 
 
 def test_markdown_has_no_holes():
@@ -139,29 +155,18 @@ def test_a_column_nobody_measured_is_left_out():
     assert "| features | all labels |\n| --- | --- |\n| raw pixels | 50.0 % |" in text
 
 
-def test_the_reference_copy_is_the_packaged_template():
-    packaged = Path(hf_simprune.__file__).parent / "hub" / "templates" / "dino_backbone.md"
-    reference = Path(__file__).parents[2] / "model_cards" / "dino_backbone.md"
-    assert reference.read_bytes() == packaged.read_bytes()
+def test_the_reference_copies_are_the_packaged_templates():
+    packaged = Path(hf_simprune.__file__).parent / "hub" / "templates"
+    reference = Path(__file__).parents[2] / "model_cards"
+    for path in packaged.iterdir():
+        assert (reference / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_the_snippet_runs_and_gives_the_class_token(tmp_path):
-    folder = tmp_path / "model"
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=4
-    )
-    model = ViTModel(config).eval()
-    model.save_pretrained(folder)
-    processor = build_image_processor(16, [0.5] * 3, [0.5] * 3)
-    processor.save_pretrained(folder)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-    image.save(tmp_path / "image.png")
-
-    text = render_model_card(replace(BARE, model_id=str(folder)))
-    snippet = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1]
-    assert len([line for line in snippet.splitlines() if line and "import" not in line]) <= 5
-    script = snippet + "import torch\ntorch.save(features.detach(), 'features.pt')\n"
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, timeout=120)
-    with torch.no_grad():
-        expected = model(**processor(images=image, return_tensors="pt")).last_hidden_state[:, 0]
-    assert torch.equal(torch.load(tmp_path / "features.pt"), expected)
+def test_a_published_card_loads_the_repository_and_nothing_else_changes():
+    text = render_model_card(replace(FULL, model_id="outputs/vit"))
+    published = addressed_to(text, "me/vit-digits")
+    assert published == render_model_card(FULL) and addressed_to(published, "me/vit-digits") == published
+    assert "outputs/vit" in text and check_card(published) == []
+    of_two = text.replace('AutoModel.from_pretrained("outputs/vit")', 'AutoModel.from_pretrained("some/vit")')
+    for other in (of_two, text.replace("## Use\n", "## How\n"), ""):
+        assert addressed_to(other, "me/vit-digits") == other

@@ -38,7 +38,7 @@ OPTIONS = Options(
     description="Does a thing.",
     required=("output_dir", "model_name"),
     aliases={"output": "output_dir"},
-    positional="model_name",
+    positional=("model_name",),
     prog="do-it",
 )
 

@@ -6,6 +6,8 @@ import subprocess
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -17,7 +19,9 @@ from transformers import (
 
 from hf_simprune.cli import main
 from hf_simprune.errors import InputError, TrainingError
+from hf_simprune.hub.card_check import check_card, missing_parts
 from hf_simprune.rba import run, saving
+from hf_simprune.rba.block_map import block_map
 from hf_simprune.rba.output import building, check_output_dir
 from hf_simprune.rba.plan import CompressionPlan, Half, Span
 from hf_simprune.rba.report import RedundancyReport
@@ -136,6 +140,18 @@ class TestResult:
         parameters = json.loads((folder / "compression.json").read_text())["training_free"]["parameters"]
         assert f"| parameters, M | {parameters[0] / 1e6:.4g} | {parameters[1] / 1e6:.4g} |" in card
 
+    def test_the_card_is_sound_and_its_metadata_is_of_the_network_in_the_folder(self, compressed):
+        folder, _ = compressed
+        card = (folder / "README.md").read_text()
+        assert check_card(card, folder) == [] and missing_parts(card) == []
+        record = json.loads((folder / "compression.json").read_text())
+        (result,) = ModelCard(card).data.eval_results
+        assert result.metric_value == round(record["healed"]["retrained"]["compressed"], 4)
+        assert (result.dataset_name, result.dataset_split) == ("images.parquet", "train")
+        assert result.metric_args == {"num_samples": record["healed"]["retrained"]["images"]}
+        assert not (folder / ".eval_results").exists()
+        assert block_map(CompressionPlan.from_dict(record["plan"])) in card
+
     def test_the_report_is_that_of_analyze(self, compressed, images, checkpoint, tmp_path):
         words = ["analyze", checkpoint, "--dataset", images, "--output", str(tmp_path / "a"), "--map", "fold", *SPEED]
         assert main(words) == 0
@@ -189,7 +205,17 @@ class TestMethods:
     def test_an_evaluation_set_of_its_own(self, images, checkpoint, tmp_path):
         other = write_images(tmp_path / "other.parquet", 12, first=IMAGES)
         words = ["--remove-blocks", "1", "--eval_dataset_name_or_path", other, "--max_eval_samples", "7"]
+        words += ["--eval-dataset-id", "some/shapes", "--eval-split", "train", "--license", "mit"]
+        words += ["--dataset-id", "my/set", "--base-model-id", "some/vit"]
         record = compress(checkpoint, images, tmp_path / "out", *words)
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert check_card(card, tmp_path / "out") == []
+        data = ModelCard(card).data
+        assert (data.license, data.datasets, data.base_model) == ("mit", ["my/set"], "some/vit")
+        (entry,) = yaml.safe_load((tmp_path / "out/.eval_results/some--shapes--default.yaml").read_text())
+        assert entry["dataset"] == {"id": "some/shapes", "task_id": "default"}
+        assert entry["value"] == round(record["training_free"]["retrained"]["compressed"], 4)
+        assert "7 images of train" in entry["notes"] and data.eval_results[0].dataset_type == "some/shapes"
         assert record["training_free"]["images"] == 7
         assert len(record["data"]["indices"]["fit"]) + len(record["data"]["indices"]["selection"]) == IMAGES
 
@@ -224,6 +250,20 @@ class TestMethods:
 
 
 class TestNothingHalfWritten:
+    def test_a_benchmarks_score_goes_with_the_result_it_was_of(self, tmp_path):
+        def write(*names):
+            with building(str(tmp_path / "out")) as folder:
+                for name in ("redundancy.json", *names):
+                    (folder / name).parent.mkdir(exist_ok=True)
+                    (folder / name).write_text(name)
+
+        write(".eval_results/a.yaml")
+        (tmp_path / "out" / "notes.txt").write_text("mine")
+        write(".eval_results/b.yaml")
+        assert snapshot(tmp_path / "out").keys() == {"notes.txt", "redundancy.json", ".eval_results/b.yaml"}
+        write()
+        assert snapshot(tmp_path / "out").keys() == {"notes.txt", "redundancy.json"}
+
     def test_a_second_run_into_the_folder_is_refused_or_replaces_only_the_result(
         self, images, checkpoint, tmp_path, capsys
     ):

@@ -18,7 +18,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from ..hub.loopback_hub import LoopbackHub
+from ..hub.loopback import LoopbackHub
 from ..tiny_run import OPTIONS, RECIPE, command, environment, losses, untimed, words, write_images
 from .test_train_dino_bad_input import load_recipe
 

@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, DeiTModel, ViTConfig, ViTImageProcessor, ViTModel
@@ -20,6 +22,7 @@ from hf_simprune.dino.export import load_teacher_backbone
 from hf_simprune.dino.online_knn import OnlineKnn
 from hf_simprune.dino.run import run_training
 from hf_simprune.errors import InputError, TrainingError, TrainingInterrupted
+from hf_simprune.hub.card_check import check_card, missing_parts
 from hf_simprune.hub.publish import UploadError
 
 from ...tiny_run import NUM_IMAGES, losses, metrics, naive_knn, png, untimed, words, write_images
@@ -111,7 +114,8 @@ class TestOutputFolder:
         assert [record["window_offset"] for record in steps] == [0, 1, 1, 2, 2, 3]  # of 16 patches 13 stay
         results = [record for record in records if "knn_accuracy" in record]
         assert [record["step"] for record in results] == [0, 2, 4, 6]
-        assert all({"knn_accuracy", "knn_accuracy_patch_mean", "epoch", "step"} == record.keys() for record in results)
+        keys = {"knn_accuracy", "knn_accuracy_patch_mean", "knn_images", "epoch", "step"}
+        assert all(record.keys() == keys for record in results)
 
     def test_the_card_tells_the_runs_own_numbers(self, finished):
         card = (finished / "README.md").read_text()
@@ -124,6 +128,17 @@ class TestOutputFolder:
         assert "# my-run" in card and "`ViTModel`" in card and "keep rate 0.8" in card
         assert "4 training images, drawn at random, classified by 36 others" in card
         assert all(name in card for name in ("loss_curve.png", "pruned_tokens.png"))
+        assert "| patch tokens of a global view | 16 → 13" in card
+
+    def test_the_card_is_sound_and_its_metadata_holds_the_last_accuracies(self, finished):
+        card = (finished / "README.md").read_text()
+        assert check_card(card, finished) == [] and missing_parts(card) == []
+        last = [record for record in metrics(finished) if "knn_accuracy" in record][-1]
+        found = ModelCard(card).data.eval_results
+        expected = [round(last[key], 4) for key in ("knn_accuracy", "knn_accuracy_patch_mean")]
+        assert [result.metric_value for result in found] == expected
+        assert all(result.metric_args == {"num_samples": 4} and result.dataset_split == "train" for result in found)
+        assert not (finished / ".eval_results").exists()
 
     def test_the_run_file_names_the_process_and_how_it_ended(self, finished):
         about = json.loads((finished / "training" / "run.json").read_text())
@@ -289,7 +304,8 @@ class TestStartingNetwork:
         assert "starting checkpoint, CLS" in (folder / "README.md").read_text()
 
     def test_the_first_accuracy_is_the_checkpoints(self, train, checkpoint, tmp_path):
-        folder = self.start(train, checkpoint, tmp_path)
+        benchmark = {"eval_dataset_id": "some/shapes", "eval_task_id": "knn", "eval_split": "train"}
+        folder = self.start(train, checkpoint, tmp_path, **benchmark, base_model_id="some/vit", license="mit")
         model, processor = AutoModel.from_pretrained(checkpoint).eval(), AutoImageProcessor.from_pretrained(checkpoint)
         pictures = [Image.open(pa.BufferReader(png(i))) for i in range(NUM_IMAGES)]
         with torch.no_grad():
@@ -298,6 +314,10 @@ class TestStartingNetwork:
         predicted = naive_knn(features, labels, features[:10], k=5, temperature=0.07)
         accuracy = sum(p == label for p, label in zip(predicted, labels)) / 10
         assert metrics(folder)[0]["knn_accuracy"] == pytest.approx(accuracy)
+        data = ModelCard.load(folder / "README.md").data
+        assert (data.base_model, data.base_model_relation, data.license) == ("some/vit", "finetune", "mit")
+        (entry,) = yaml.safe_load((folder / ".eval_results/some--shapes--knn.yaml").read_text())
+        assert entry["value"] == data.eval_results[0].metric_value == round(metrics(folder)[-1]["knn_accuracy"], 4)
 
     def test_a_checkpoint_without_processor_is_normalised_as_imagenet_and_says_so(
         self, train, checkpoint, tmp_path, capsys

@@ -59,6 +59,12 @@ class TestLabels:
         train(dataset_name_or_path=data, max_steps=2)
         assert "k-NN: off, the data set has no column of class numbers" in capsys.readouterr().out
 
+    def test_a_benchmark_that_would_get_no_score_is_refused(self, train, tmp_path):
+        data = write_images(tmp_path / "words.parquet", label=["a"] * NUM_IMAGES)
+        with pytest.raises(InputError, match="--eval_dataset_id some/set: there will be no score for it: k-NN: off"):
+            train("never", dataset_name_or_path=data, eval_dataset_id="some/set", eval_split="train")
+        assert not (tmp_path / "never").exists()
+
     def test_too_few_neighbours_stop_before_anything_is_written(self, train, tmp_path):
         with pytest.raises(InputError, match="--knn_k 37: there are only 36 labelled images"):
             train("never", knn_k=37)

@@ -1,0 +1,93 @@
+"""The folder of a Space: what is in it, what is not, and what is refused."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from hf_simprune.errors import InputError
+from hf_simprune.explore import app, space
+
+from ..tiny_run import png
+
+
+@pytest.fixture(autouse=True)
+def gradio_version(monkeypatch):
+    """Whether gradio is installed or not: only its version is asked for."""
+    original = space.version
+    monkeypatch.setattr(space, "version", lambda name: "6.31.0" if name == "gradio" else original(name))
+
+
+def test_a_space_holds_the_package_the_model_some_images_and_how_to_start(tmp_path, model_folder, data_set):
+    (model_folder / "optimizer.bin").write_bytes(b"no part of a model")
+    folder = space.write_space(tmp_path / "space", str(model_folder), data_set)
+    (model_folder / "optimizer.bin").unlink()
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    model = {name for name in names if name.startswith("models/")}
+    assert model == {
+        f"models/tiny-vit/{name}" for name in ("config.json", "model.safetensors", "preprocessor_config.json")
+    }
+    package = Path(app.__file__).parents[1]
+    expected = {
+        str(path.relative_to(package.parent))
+        for path in package.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert names - model == expected | {"app.py", "requirements.txt", "README.md", ".gitattributes", "images.parquet"}
+    assert (
+        'launch("models/tiny-vit", "images.parquet", port=None, open_browser=False)' in (folder / "app.py").read_text()
+    )
+    images = pq.read_table(folder / "images.parquet")
+    assert images.column_names == ["image"], "labels stay at home"
+    assert [row["bytes"] for row in images.column("image").to_pylist()] == [png(seed) for seed in range(12)]
+    assert ".safetensors filter=lfs" in (folder / ".gitattributes").read_text()
+
+    front = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+    assert front["sdk"] == "gradio" and front["sdk_version"] == "6.31.0" and front["app_file"] == "app.py"
+    assert "models" not in front, "a local folder has no name on the Hub"
+    required = (folder / "requirements.txt").read_text().split()
+    assert any(line.startswith("torch") for line in required)
+    assert not any(line.startswith(("pytest", "gradio", "ruff")) for line in required)
+
+
+def test_a_model_on_the_hub_is_named_and_not_copied(tmp_path):
+    folder = space.write_space(tmp_path / "space", "user/some-vit")
+    assert not (folder / "models").exists() and not (folder / "images.parquet").exists()
+    assert 'launch("user/some-vit", None' in (folder / "app.py").read_text()
+    assert yaml.safe_load((folder / "README.md").read_text().split("---")[1])["models"] == ["user/some-vit"]
+
+
+def test_what_cannot_be_a_space_is_refused_before_anything_is_written(tmp_path, model_folder, monkeypatch):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="--space .*not empty"):
+        space.write_space(taken, str(model_folder))
+    assert [path.name for path in taken.iterdir()] == ["mine.txt"]
+    (tmp_path / "no-model").mkdir()
+    for model, message in (
+        (tmp_path / "no-model", "no config.json"),
+        ("a/b/c", "user/model"),
+        ("plain", "user/model"),
+    ):
+        with pytest.raises(InputError, match=message):
+            space.write_space(tmp_path / "space", str(model))
+    with pytest.raises(InputError, match="--dataset"):
+        space.write_space(tmp_path / "space", str(model_folder), str(tmp_path / "none.parquet"))
+    monkeypatch.undo()
+    monkeypatch.setattr(space, "version", _not_installed)
+    with pytest.raises(InputError, match=r"pip install 'hf-simprune\[explore\]'"):
+        space.write_space(tmp_path / "space", str(model_folder))
+    assert not (tmp_path / "space").exists()
+
+
+def _not_installed(name):
+    raise space.PackageNotFoundError(name)
+
+
+def test_without_gradio_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(app, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'hf-simprune\[explore\]'") as error:
+        app.launch("no/model")
+    assert "\n" not in str(error.value)
