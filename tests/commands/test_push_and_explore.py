@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from hf_simprune.cli import main
-from hf_simprune.commands import explore
 from hf_simprune.hub import publish
 
 
@@ -48,9 +47,9 @@ def test_an_upload_that_fails_is_status_1(monkeypatch, tmp_path, capsys):
 
 
 def test_explore_without_gradio_names_the_extra(monkeypatch, capsys):
-    monkeypatch.setattr(explore, "find_spec", lambda name: None)
+    monkeypatch.setattr("hf_simprune.explore.app.find_spec", lambda name: None)
     assert main(["explore", "net"]) == 2
-    assert "pip install hf-simprune[explore]" in capsys.readouterr().err
+    assert "pip install 'hf-simprune[explore]'" in capsys.readouterr().err
 
 
 def test_explore_hands_everything_on(monkeypatch, tmp_path, capsys):
@@ -61,7 +60,6 @@ def test_explore_hands_everything_on(monkeypatch, tmp_path, capsys):
     space.write_space = lambda *words, **options: calls.append((words, options))
     monkeypatch.setitem(sys.modules, "hf_simprune.explore.app", app)
     monkeypatch.setitem(sys.modules, "hf_simprune.explore.space", space)
-    monkeypatch.setattr(explore, "find_spec", lambda name: object())
     words = ["explore", "net", "--dataset", "images", "--split", "test"]
     assert main([*words, "--port", "8000", "--open-browser", "false"]) == 0
     assert calls.pop() == (("net", "images"), {"split": "test", "port": 8000, "open_browser": False})

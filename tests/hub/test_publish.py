@@ -46,6 +46,17 @@ def test_a_run_is_published_without_what_is_its_own(hub, client, finished_run):
     assert set(done) == {field.name for field in fields(Published)} | {"waits"}
 
 
+def test_the_card_names_the_repository_where_it_named_the_folder(hub, client, run_folder):
+    card = (run_folder / "README.md").read_text()
+    use = '\n## Use\n\n```python\nmodel = AutoModel.from_pretrained("digits")\n```\n'
+    (run_folder / "README.md").write_text(card + use)
+    client.push(run_folder, "tester/addressed")
+    published = hub.repositories["tester/addressed"].resolve("main").files["README.md"].decode()
+    assert published == card + use.replace('"digits"', '"tester/addressed"')
+    assert (run_folder / "README.md").read_text() == card + use
+    assert client.push(run_folder, "tester/addressed")["unchanged"]
+
+
 def test_the_same_content_makes_no_second_commit(hub, client, finished_run):
     first = client.push(finished_run, "tester/twice")
     before = len(hub.requests)
