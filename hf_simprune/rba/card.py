@@ -64,6 +64,7 @@ def compression_card(
     repo_id: str | None = None,
 ) -> str:
     """The text of README.md."""
+    assert args.model_name_or_path is not None
     plan = result.outcome.choice.plan
     auto_class = loader_of(type(model).__name__).__name__
     variable, output = _snippet(original, auto_class)

@@ -122,7 +122,7 @@ class Seen(NamedTuple):
     patches: (R, n, D) patch tokens at the site. attention: as `needs` says. sizes: (R, n) patches that each token
     stands for, None for one each. grid: (rows, columns) of `patches`, None where they form none.
     stage: which of the reducer's stages this is. prefix: number of prefix tokens.
-    learned: the branch's own module from `build_learned`, or None. full_grid: that of all patches, where they form one.
+    learned: the branch's own module from `build_learned`, None without. full_grid: that of all patches, if any.
     """
 
     patches: Tensor
