@@ -107,7 +107,7 @@ def write_card(
     accuracies = [record for record in records if "knn_accuracy" in record]
     losses = [record for record in records if "loss" in record]
     sizes = settings.geometry
-    run = {"steps": settings.total_steps, "images seen": seen, "global batch": settings.global_batch}
+    run: dict[str, Any] = {"steps": settings.total_steps, "images seen": seen, "global batch": settings.global_batch}
     run |= about
     run |= {"peak learning rate": f"{settings.learning_rate:.4g}", "prototypes": settings.out_dim}
     run |= {"teacher temperature": settings.teacher_temp, "teacher momentum": settings.momentum_teacher}
@@ -121,8 +121,8 @@ def write_card(
         first, last = accuracies[0], accuracies[-1]
         for key, name in (("knn_accuracy", "CLS"), ("knn_accuracy_patch_mean", "patch mean")):
             if first["step"] == 0:
-                start = "random network" if args.model_name_or_path is None else "starting checkpoint"
-                rows.append(KNNRow(features=f"{start}, {name}", all_labels=first[key]))
+                untrained = "random network" if args.model_name_or_path is None else "starting checkpoint"
+                rows.append(KNNRow(features=f"{untrained}, {name}", all_labels=first[key]))
             if last["step"] > 0:
                 rows.append(KNNRow(features=f"trained network, {name}", all_labels=last[key], trained=True))
     reduces = args.token_reduction != "none"
@@ -146,7 +146,7 @@ def write_card(
         versions=versions(),
         token_reduction=args.token_reduction if reduces else None,
         merges=reduces and METHODS[args.token_reduction].merges,
-        keep_rate=args.keep_rate if reduces and keep_rate_counts(args, sizes.setting) else None,
+        keep_rate=args.keep_rate if reduces and sizes.setting and keep_rate_counts(args, sizes.setting) else None,
         run=run,
         config={key: value for key, value in asdict(args).items() if key not in _NOT_SHOWN and value is not None},
         evaluated_on=evaluated_on,
@@ -185,7 +185,7 @@ def limits(args: DinoArguments, seen: int, classified: bool, licence: Licence | 
     return lines
 
 
-def command(argv: list[str], about: dict[str, object]) -> str:
+def command(argv: list[str], about: dict[str, Any]) -> str:
     """What starts the same run from its beginning."""
     words: list[str] = []
     rest = iter(argv)

@@ -5,10 +5,10 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .hub_names import hub_names, is_repo_id
 
@@ -78,11 +78,14 @@ def _metadata_faults(text: str, block: str) -> list[str]:
         read = card.data.to_dict()
         changed = sorted(str(key) for key in raw.keys() | read.keys() if read.get(key) != raw.get(key))
         faults.append(f"metadata: {', '.join(changed) or 'it'} changes when the card is read and written")
-    return [*faults, *_vocabulary_faults(raw), *_id_faults(raw), *_result_faults(raw, card.data.eval_results)]
+    results = cast(ModelCardData, card.data).eval_results
+    return [*faults, *_vocabulary_faults(raw), *_id_faults(raw), *_result_faults(raw, results)]
 
 
 def _repeated_keys(block: str) -> list[str]:
-    keys = [key.value for key, _ in yaml.compose(block).value]
+    node = yaml.compose(block)
+    assert isinstance(node, yaml.MappingNode)  # it was read as a mapping
+    keys = [key.value for key, _ in node.value]
     return sorted({key for key in keys if keys.count(key) > 1})
 
 

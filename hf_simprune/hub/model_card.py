@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -154,7 +155,7 @@ def card_data(
     )
 
 
-def render(template: str, data: ModelCardData, **values: object) -> str:
+def render(template: str, data: ModelCardData, **values: Any) -> str:
     """The text of a card from one of the package's templates, with both papers to cite."""
     papers = (_TEMPLATES / "papers.bib").read_text(encoding="utf-8").strip()
     text = (_TEMPLATES / template).read_text(encoding="utf-8")

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import DeiTConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.deit.configuration_deit import DeiTConfig
 from transformers.models.deit.modeling_deit import (
     DeiTAttention,
     DeiTEmbeddings,
