@@ -29,7 +29,9 @@ class Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        if self.requested is None:
+            self._restore()
+        # otherwise a copy of the signal may still be under way; the first one that is none restores
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:

@@ -20,6 +20,7 @@ from ..evaluation.knn import knn_accuracy
 
 
 HELD_OUT_SHARE = 0.1
+_ASKED_EVERY = 8  # images, between two questions whether to stop
 
 
 class _Stopped(Exception):
@@ -110,7 +111,7 @@ class OnlineKnn:
         """Fractions of the queries classified correctly: by the CLS token and by the mean patch token; how many
         queries those are; and, where there are any, how many images could not be read.
 
-        None once `stopped()` says so: it is asked before every batch, by all processes equally often, and must answer
+        None once `stopped()` says so: it is asked every few images, by all processes equally often, and must answer
         all of them the same.
 
         Raises:
@@ -163,7 +164,7 @@ class OnlineKnn:
         """The images of a share that can be read; their positions are appended to `read`. Shares are up to `rounds`
         long."""
         for number in range(rounds):
-            if number % self.batch_size == 0 and stopped():
+            if number % _ASKED_EVERY == 0 and stopped():
                 raise _Stopped
             image = images.readable(share[number]) if number < len(share) else None
             if image is not None:

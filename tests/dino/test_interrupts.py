@@ -11,13 +11,29 @@ from hf_simprune.dino import interrupts
 from hf_simprune.dino.interrupts import Interrupts, outlive_interrupts
 
 
-def test_the_first_signal_is_noted_and_handlers_come_back():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture(autouse=True)
+def handlers():
+    before = {number: signal.getsignal(number) for number in Interrupts.SIGNALS}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_where_no_signal_came_handlers_come_back(handlers):
     with Interrupts() as noted:
         assert noted.requested is None
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+
+def test_a_copy_that_arrives_when_all_is_saved_changes_nothing_and_a_later_signal_acts(handlers, monkeypatch):
+    with Interrupts() as noted:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert noted.requested == signal.SIGTERM
+    os.kill(os.getpid(), signal.SIGTERM)  # would end the tests
+    monkeypatch.setattr(interrupts, "SAME_SIGNAL_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
-        assert noted.requested == signal.SIGINT
-    assert signal.getsignal(signal.SIGINT) is before
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
 def test_a_launchers_copy_of_the_same_signal_changes_nothing():

@@ -147,12 +147,11 @@ def _slow_knn(step: int, seconds: float, begun: str) -> None:
         slow[:] = [True] * (now == step)
         return evaluate(self, now, *arguments)
 
-    def slowly_readable(self, *arguments):
-        for image in readable(self, *arguments):
-            if slow:
-                Path(begun).touch()
-                time.sleep(seconds)
-            yield image
+    def slowly_readable(self, position):
+        if slow:
+            Path(begun).touch()
+            time.sleep(seconds)
+        return readable(self, position)
 
     OnlineKnn.__call__, LabelledImages.readable = evaluated, slowly_readable
 
