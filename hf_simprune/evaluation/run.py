@@ -26,6 +26,7 @@ from ..terminal import highlighted
 from .arguments import EvaluateArguments, validate_evaluation
 from .frozen import Seen, see
 from .model_cost import file_size
+from .model_files import short_name
 from .outputs import Network
 from .side_by_side import Evaluation, Scores, score_network, side_by_side
 
@@ -54,7 +55,8 @@ def run_evaluate(args: EvaluateArguments, say: Callable[[str], None] = print) ->
     wanted = _as_analysis(args)
     with _own_names():
         validate_analysis(wanted)
-    if args.disable_tqdm or not sys.stderr.isatty():
+    progress = not args.disable_tqdm and sys.stderr.isatty()
+    if not progress:
         datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     places = [(args.model_name_or_path, args.model_revision)]
@@ -87,9 +89,9 @@ def run_evaluate(args: EvaluateArguments, say: Callable[[str], None] = print) ->
     seen: list[Seen] = []
     for network, checkpoint, (place, _) in zip(networks, checkpoints, places):
         rows = [_prepared_by(checkpoint.processor, part) for part in (images.training, images.evaluation)]
-        names = [f"{kind} images, {Path(str(place)).name}" for kind in ("training", "evaluation")]
+        names = [f"{kind} images, {short_name(str(place))}" for kind in ("training", "evaluation")]
         train, test = (
-            see(network, part, args.batch_size, None if args.disable_tqdm else name) for part, name in zip(rows, names)
+            see(network, part, args.batch_size, name if progress else None) for part, name in zip(rows, names)
         )
         if args.knn_k > len(train.labels):
             raise InputError(f"--knn_k {args.knn_k}: there are only {len(train.labels)} training images")
@@ -158,7 +160,7 @@ def _prepared_by(processor: Any, images: LabelledRows) -> LabelledRows:
 
 def _tell(found: Evaluation, images: RunImages, say: Callable[[str], None]) -> None:
     sides = [found.model] if found.baseline is None else [found.baseline, found.model]
-    short = [Path(side.name).name if Path(side.name).exists() else side.name for side in sides]
+    short = [short_name(side.name) for side in sides]
     names = short if len(set(short)) == len(short) else [side.name for side in sides]
     header = ["", *names, *(["change"] if found.baseline is not None else [])]
     title = f"On {_in_own_words(images.evaluated_on)}; learned from {len(images.training.rows)} images"

@@ -10,6 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.loading import find_label_column, load_split
 from ..errors import InputError
+from ..evaluation.model_files import short_name
 from .arguments import AnalyzeArguments, CompressArguments
 from .calibration import CalibrationSet, ImageReader, open_calibration_set
 from .comparison import LabelledRows, labels_of
@@ -83,7 +84,7 @@ def open_images(args: AnalyzeArguments | CompressArguments, processor: BaseImage
             raise InputError(str(error).replace("--dataset_name_or_path", "--eval_dataset_name_or_path")) from None
         reader = ImageReader(evaluation_rows, processor, args.image_column)
         chosen = torch.randperm(len(evaluation_rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        where = f"of {split}" if args.eval_dataset_name_or_path is None else "of another data set"
+        where = f"of {split}" if args.eval_dataset_name_or_path is None else f"of {short_name(name)} ({split})"
     most = args.max_eval_samples or EVALUATION_IMAGES
     training = (*calibration.fit, *calibration.select)
     if not own_split:
