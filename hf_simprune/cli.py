@@ -154,9 +154,9 @@ def _usage() -> str:
             *(f"  {code:<{width}}  {meaning}" for code, meaning in EXIT_CODES.items()),
             "",
             "Options of a command: hf-simprune COMMAND --help. With --json a command prints one JSON object on",
-            "standard output and nothing else. NO_COLOR turns colours off. Installed as an extension of the Hub's command",
-            "line, which takes a repository on GitHub of that name (hf extensions install OWNER/hf-simprune), the same",
-            "commands are called hf simprune COMMAND too; pip alone does not make them so.",
+            "standard output and nothing else. NO_COLOR turns colours off.",
+            "hf simprune COMMAND works only where this is installed as an extension of the Hub's command line, by",
+            "hf extensions install OWNER/hf-simprune (a GitHub repository of that name); pip alone does not do that.",
         ]
     )
 
