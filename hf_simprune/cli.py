@@ -4,11 +4,14 @@
 import difflib
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from . import __version__
@@ -41,11 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] in ([], ["-h"], ["--help"]):
-        print(_usage())
-        return 0 if words else 2
+        return _show(_usage(), 0 if words else 2)
     if words[0] in ("-V", "--version"):
-        print(f"hf-simprune {__version__}")
-        return 0
+        return _show(f"hf-simprune {__version__}", 0)
     return run_command(words[0], words[1:])
 
 
@@ -61,7 +62,11 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
             raise InputError(f"unknown command {name}{_closest(name)}")
         command = import_module(f".commands.{name}", __package__)
         args = command.OPTIONS.parse(words)
-        with _to_stderr() if for_machines else nullcontext():
+        # training has handlers of its own: it ends between two steps
+        with (
+            nullcontext() if name == "train" else _sigterm_as_ctrl_c(),
+            _to_stderr() if for_machines else nullcontext(),
+        ):
             record = command.run(args)
         if for_machines and os.environ.get("RANK", "0") == "0":
             print(_as_json(record))
@@ -79,6 +84,38 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     finally:
         forget_unwritten()
     return 0
+
+
+def _show(text: str, status: int) -> int:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        return _BROKEN_PIPE
+    finally:
+        forget_unwritten()
+    return status
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Within it the first SIGTERM raises KeyboardInterrupt, and those that follow leave the cleaning up alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a child that inherited this: it ends as it would have
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -117,8 +154,9 @@ def _usage() -> str:
             *(f"  {code:<{width}}  {meaning}" for code, meaning in EXIT_CODES.items()),
             "",
             "Options of a command: hf-simprune COMMAND --help. With --json a command prints one JSON object on",
-            "standard output and nothing else. NO_COLOR turns colours off. As an extension of the Hub's command line",
-            "the same commands are called hf simprune COMMAND.",
+            "standard output and nothing else. NO_COLOR turns colours off.",
+            "hf simprune COMMAND works only where this is installed as an extension of the Hub's command line, by",
+            "hf extensions install OWNER/hf-simprune (a GitHub repository of that name); pip alone does not do that.",
         ]
     )
 

@@ -72,6 +72,13 @@ def test_without_words_it_shows_what_there_is(capsys):
         (["evaluate", "net"], "--dataset_name_or_path is required"),
         (["evaluate", "net", "--dataset", "data", "--knn_k", "0"], "--knn_k 0: must be 1 or more"),
         (["evaluate", "net", "--dataset", "data", "--baseline_revision", "a"], "there is no --baseline"),
+        (
+            ["evaluate", "net", "--dataset", "data", "--seed", f"{2**63}"],
+            f"--seed {2**63}: must be from 0 to {2**63 - 1}",
+        ),
+        (["analyze", *WORDS, "--seed", "-1"], f"--seed -1: must be from 0 to {2**63 - 1}"),
+        (["compress", *WORDS, "--remove-blocks", "2", "--seed", "9" * 20], "must be from 0 to"),
+        (["train", *WORDS[1:], "--seed", f"{2**32}"], f"--seed {2**32}: must be from 0 to {2**32 - 1}"),
         (["info"], "MODEL_NAME_OR_PATH, or --model_name_or_path, is required"),
         (["info", "/no/such/model"], "--model_name_or_path /no/such/model: there is no such folder"),
         (["push"], "FOLDER, or --folder, is required"),
@@ -169,3 +176,45 @@ def test_the_hub_command_line_finds_it_as_an_extension(tmp_path):
         [hf, "simprune", "push", "/no/such"], env=environ, capture_output=True, text=True, timeout=60
     )
     assert (found.returncode, found.stderr) == (2, "error: --folder /no/such: there is no such folder\n")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"]])
+def test_help_that_nobody_reads_is_no_error(words):
+    code = f"import sys; from hf_simprune.cli import main; sys.exit(main({words}))"
+    writer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    writer.stdout.close()
+    assert writer.stderr.read() == b"" and writer.wait(60) == 141
+
+
+def test_sigterm_cleans_up_and_is_one_line_and_status_130(monkeypatch, capsys):
+    from hf_simprune.rba import run
+
+    cleaned = []
+
+    def stopped(args):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # a launcher's copy
+            cleaned.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(run, "run_compress", stopped)
+    assert main(["compress", *WORDS, "--remove-blocks", "2"]) == 130 and cleaned == [True]
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_ends_a_child_process_as_ever(monkeypatch):
+    from hf_simprune.rba import run
+
+    def fork(args):
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    ended = []
+    monkeypatch.setattr(run, "run_compress", fork)
+    assert main(["compress", *WORDS, "--remove-blocks", "2"]) == 0 and ended == [-signal.SIGTERM]

@@ -33,7 +33,7 @@ _RANGES: tuple[tuple[str, _Accept, tuple[str, ...]], ...] = (
         (
             "dataloader_num_workers", "local_crops_number", "min_learning_rate", "weight_decay", "weight_decay_end",
             "max_grad_norm", "clip_grad", "warmup_epochs", "warmup_steps", "warmup_teacher_temp_epochs",
-            "warmup_teacher_temp_steps", "freeze_last_layer", "freeze_last_layer_steps", "knn_every", "seed",
+            "warmup_teacher_temp_steps", "freeze_last_layer", "freeze_last_layer_steps", "knn_every",
             "dino_loss_weight", "ibot_loss_weight", "koleo_loss_weight",
         ),
     ),
@@ -45,6 +45,7 @@ _RANGES: tuple[tuple[str, _Accept, tuple[str, ...]], ...] = (
     ("from 0 up to, not including, 1", lambda v: 0 <= v < 1, ("drop_path_rate", "center_momentum")),
     ("above 0 and at most 1", lambda v: 0 < v <= 1, ("keep_rate",)),
     ("-1 (train num_train_epochs) or above 0", lambda v: v == -1 or v > 0, ("max_steps",)),
+    ("from 0 to 4294967295", lambda v: 0 <= v < 2**32, ("seed",)),  # NumPy's generator takes no more
     ("2 or more", lambda v: v >= 2, ("out_dim",)),
 )  # fmt: skip
 

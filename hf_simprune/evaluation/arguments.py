@@ -5,12 +5,12 @@ import math
 from dataclasses import dataclass
 
 from ..errors import InputError
-from ..options.common import ALIASES, BenchmarkArguments, CheckpointArguments, DatasetArguments
+from ..options.common import ALIASES, BenchmarkArguments, CheckpointArguments, DatasetArguments, check_seed
 from ..options.fields import option
 from ..options.parsing import Options
 
 
-_LEAST = {"train_images": 3, "knn_k": 1, "batch_size": 1, "rounds": 1, "seed": 0}
+_LEAST = {"train_images": 3, "knn_k": 1, "batch_size": 1, "rounds": 1}
 
 
 @dataclass(kw_only=True)
@@ -80,6 +80,7 @@ def validate_evaluation(args: EvaluateArguments) -> None:
     for name, least in _LEAST.items():
         if vars(args)[name] < least:
             raise InputError(f"--{name} {vars(args)[name]}: must be {least} or more")
+    check_seed(args.seed)
     if not (math.isfinite(args.knn_temperature) and args.knn_temperature > 0):
         raise InputError(f"--knn_temperature {args.knn_temperature}: must be a finite number above 0")
     if args.baseline is None and args.baseline_revision is not None:

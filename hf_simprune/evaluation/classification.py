@@ -122,15 +122,30 @@ def head_accuracy(
     if match.targets is None:
         return HeadAccuracy(None, None, None, agreement, len(original), match.reason)
     before, after = ((given == match.targets.cpu()).double() for given in (original, compressed))
-    if not match.by_name and guessing_probability(int(before.sum()), len(before), num_classes) >= GUESSED:
-        reason = (
-            f"there are no names to match labels and classes by, and the original network finds "
-            f"{100 * before.mean().item():.1f} % of {len(before)} labels, which guessing among {num_classes} classes "
-            "may too: they are probably not the classes of its head, or the images are too few to tell"
-        )
+    reason = doubt(original, match, num_classes, "the original network")
+    if reason:
         return HeadAccuracy(None, None, None, agreement, len(original), reason)
     difference = paired_bootstrap_interval(after, before, seed) if len(before) > 1 else None
     return HeadAccuracy(before.mean().item(), after.mean().item(), difference, agreement, len(original))
+
+
+def doubt(given: Tensor, match: LabelMatch, num_classes: int, who: str = "the network") -> str:
+    """Why labels without names are not believed to be the head's classes; empty where they are, or have names.
+
+    Args:
+        given: (N,) classes that a network gives to the images of `match`, which has targets.
+        num_classes: of its head.
+        who: what to call the network.
+    """
+    hits = given == match.targets.cpu()
+    share = 100 * hits.double().mean().item()
+    if match.by_name or guessing_probability(int(hits.sum()), len(hits), num_classes) < GUESSED:
+        return ""
+    return (
+        f"there are no names to match labels and classes by, and {who} finds {share:.1f} % of {len(hits)} labels, "
+        f"which guessing among {num_classes} classes may too: they are probably not the classes of its head, or the "
+        "images are too few to tell"
+    )
 
 
 def guessing_probability(hits: int, images: int, num_classes: int) -> float:
@@ -146,19 +161,23 @@ def guessing_probability(hits: int, images: int, num_classes: int) -> float:
     return min(1.0, (log_ways + log_odds).logsumexp(0).exp().item())
 
 
-def _match_names(class_names: Sequence[str], heads: Mapping[int, str]) -> tuple[list[int], str]:
-    """The head's class of each name, or the reason why there is none."""
+def classes_by_name(names: Sequence[str], classes: Mapping[int, str]) -> list[list[int]]:
+    """The classes that each name may mean, as [`match_labels`] compares them; those of the whole name come first."""
     whole: dict[str, list[int]] = {}
     parts: dict[str, list[int]] = {}
-    for index, name in heads.items():
+    for index, name in classes.items():
         whole.setdefault(_plain(name), []).append(index)
         for part in name.split(","):
             parts.setdefault(_plain(part), []).append(index)
+    return [whole.get(_plain(name)) or _any_synonym(name, parts) for name in names]
+
+
+def _match_names(class_names: Sequence[str], heads: Mapping[int, str]) -> tuple[list[int], str]:
+    """The head's class of each name, or the reason why there is none."""
     if [_plain(name) for name in class_names] == [_plain(heads.get(i, "")) for i in range(len(class_names))]:
         return list(range(len(class_names))), ""  # the same list, even where it holds a name twice
     classes = []
-    for name in class_names:
-        found = whole.get(_plain(name)) or _any_synonym(name, parts)
+    for name, found in zip(class_names, classes_by_name(class_names, heads)):
         if not found:
             return [], f"the head has no class {name!r}"
         if len(found) > 1:

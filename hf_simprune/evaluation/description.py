@@ -133,7 +133,7 @@ def describe(files: ModelFiles) -> Description:
     for name in ("num_hidden_layers", "hidden_size", "image_size", "patch_size"):
         if not hasattr(vision, name):
             raise InputError(f"{where}: a {config.model_type} is no vision transformer: it has no {name}")
-    architecture = (values.get("architectures") or [""])[0]
+    architecture = _architecture(values, where)
     plan = _plan(files, where)
     blocks = vision.num_hidden_layers
     maps = getattr(config, "block_maps", None) or {}
@@ -185,6 +185,13 @@ def _config(files: ModelFiles, where: str) -> PreTrainedConfig:
         return AutoConfig.for_model(**{key: value for key, value in values.items() if key != "auto_map"})
 
 
+def _architecture(values: dict[str, Any], where: str) -> str:
+    named = values.get("architectures") or [""]
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise InputError(f"{where}: config.json: architectures {named!r:.80}: a list of class names is accepted")
+    return named[0]
+
+
 def _flops(config: PreTrainedConfig, architecture: str) -> tuple[int | None, str]:
     """FLOPs of one image, counted while the network runs on tensors that have shapes and no values."""
     try:
@@ -231,17 +238,17 @@ def _halves_in_place(maps: dict[str, Any]) -> dict[str, str]:
 def _origin(files: ModelFiles) -> tuple[str, str | None, tuple[str, ...], str | None]:
     """How it was made, from what, on which data, and by which command."""
     card = _card(files)
-    base, named = card.get("base_model"), card.get("datasets") or []
-    base = str(base[0]) if isinstance(base, list) and base else base if isinstance(base, str) else None
-    data = tuple(map(str, [named] if isinstance(named, str) else named))
+    base, named = card.get("base_model"), card.get("datasets")
+    base = _text(base[0] if isinstance(base, list) and base else base)
+    data = tuple(map(str, named)) if isinstance(named, list) else _present(named)
     record = files.json("compression.json")
     if record:
-        used = (record.get("data") or {}).get("dataset")
-        return "compressed", record.get("model") or base, data or _present(used), record.get("command")
+        data = data or _present(_dict(record.get("data")).get("dataset"))
+        return "compressed", _text(record.get("model")) or base, data, _text(record.get("command"))
     if "training/arguments.yaml" in files.texts:
         options = _mapping(files.texts["training/arguments.yaml"])
-        used = options.get("dataset_name_or_path")
-        return "pretrained", options.get("model_name_or_path") or base, data or _present(used), None
+        data = data or _present(options.get("dataset_name_or_path"))
+        return "pretrained", _text(options.get("model_name_or_path")) or base, data, None
     return "", base, data, None
 
 
@@ -261,8 +268,17 @@ def _mapping(text: str) -> dict[str, Any]:
         found = yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return _dict(found)
 
 
-def _present(name: str | None) -> tuple[str, ...]:
-    return (name,) if name else ()
+def _dict(value: Any) -> dict[str, Any]:
+    """What files of others hold may be of any type; what is not what it should be says nothing."""
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _present(name: Any) -> tuple[str, ...]:
+    return (name,) if _text(name) else ()

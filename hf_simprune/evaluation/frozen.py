@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..models.untrusted import reading
 from ..rba.calibration import ImageReader
 from ..rba.comparison import LabelledRows, labels_of
-from .knn import TEMPERATURE, K, knn_predict, paired_bootstrap_interval
+from .knn import TEMPERATURE, K, accuracy_interval, knn_predict
 from .linear_probe import L2_GRID, probe_features
 from .outputs import Network
 
@@ -30,7 +30,8 @@ class FrozenResult:
 
     Attributes:
         accuracy: fraction of the test images classified correctly.
-        interval: (low, high), its 95 % bootstrap interval over test images.
+        interval: (low, high), its 95 % interval: the bootstrap's over test images, or Wilson's where all or none are
+            classified correctly.
         predictions: (N,) labels given.
         hits: (N,) booleans, for paired comparisons of networks on the same images.
         train_images: labelled images that were learned from.
@@ -93,7 +94,8 @@ def evaluate_knn(
         progress: show bars on stderr.
 
     Raises:
-        InputError: no images or labels, an unsupported network, no processor, or `k` above the training images.
+        InputError: no images or labels, an unsupported network, no processor, `k` above the training images, or no
+            class of the test images among the training images.
     """
     seen = _both(model, train, test, processor, image_column, label_column, batch_size, progress)
     return knn_result(*seen, k, temperature, seed)
@@ -172,11 +174,9 @@ def see(network: Network, images: LabelledRows, batch_size: int = 32, progress: 
     return Seen(torch.cat(features), torch.cat(classes) if classes else None, labels, first)
 
 
-def accuracy_interval(hits: Tensor, seed: int) -> tuple[float, float]:
-    """(low, high), the 95 % bootstrap interval of the mean of (N,) hits; of a single one there is nothing to draw."""
-    if len(hits) < 2:
-        return hits.double().mean().item(), hits.double().mean().item()
-    return paired_bootstrap_interval(hits, torch.zeros_like(hits), seed)[1:]
+def known_classes(train: Seen, test: Seen) -> Tensor:
+    """(N,) booleans of the test images: whether a training image shows the same class."""
+    return torch.isin(test.labels, train.labels)
 
 
 def _both(
@@ -195,7 +195,10 @@ def _both(
     network = Network(model)
     rows = [_labelled(images, processor, image_column, label_column) for images in (train, test)]
     names = ("training images", "test images") if progress else (None, None)
-    return see(network, rows[0], batch_size, names[0]), see(network, rows[1], batch_size, names[1])
+    seen = see(network, rows[0], batch_size, names[0]), see(network, rows[1], batch_size, names[1])
+    if not known_classes(*seen).any():
+        raise InputError("test: no training image shows a class of the test images, so none could be found")
+    return seen
 
 
 def _labelled(

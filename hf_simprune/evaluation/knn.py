@@ -14,6 +14,7 @@ from ..errors import InputError
 
 K = 20
 TEMPERATURE = 0.07
+_NORMAL_QUANTILE = 1.959963984540054  # of 97.5 %
 
 
 def knn_predict(
@@ -147,6 +148,18 @@ def paired_bootstrap_interval(
     tail = (1 - level) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return difference.mean().item(), low, high
+
+
+def accuracy_interval(hits: Tensor, seed: int) -> tuple[float, float]:
+    """(low, high), the 95 % interval of the mean of (N,) hits: the bootstrap's over images.
+
+    Where all or none are hits there is nothing to draw, and it is Wilson's.
+    """
+    count = int(hits.sum())
+    if 0 < count < len(hits):
+        return paired_bootstrap_interval(hits, torch.zeros_like(hits), seed)[1:]
+    margin = _NORMAL_QUANTILE**2 / (len(hits) + _NORMAL_QUANTILE**2)
+    return (0.0, margin) if count == 0 else (1 - margin, 1.0)
 
 
 def _nearest(bank: Tensor, queries: Tensor, k: int, bank_block: int) -> tuple[Tensor, Tensor]:

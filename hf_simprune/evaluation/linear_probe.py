@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from .knn import paired_bootstrap_interval
+from .knn import accuracy_interval
 
 
 L2_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -47,7 +47,7 @@ class ProbeResult:
     Attributes:
         predictions: (N,) labels.
         hits: (N,) booleans, for paired comparisons of networks on the same rows.
-        accuracy: top-1 as a fraction, and (low, high) its 95 % bootstrap interval over test rows.
+        accuracy: top-1 as a fraction, and (low, high) its 95 % interval, as of `accuracy_interval`.
         l2: the weight decay that was chosen.
     """
 
@@ -136,10 +136,7 @@ def probe_features(
                 best, best_accuracy = l2, accuracy
     predicted = fit_linear(train_features, train_labels, best).predict(test_features).cpu()
     hits = predicted == test_labels.cpu()
-    accuracy = low = high = hits.double().mean().item()
-    if len(hits) > 1:  # of a single row there is nothing to draw
-        _, low, high = paired_bootstrap_interval(hits, torch.zeros_like(hits), seed)
-    return ProbeResult(predicted, hits, accuracy, (low, high), best)
+    return ProbeResult(predicted, hits, hits.double().mean().item(), accuracy_interval(hits, seed), best)
 
 
 def _check(features: Tensor, labels: Tensor) -> None:

@@ -58,6 +58,12 @@ class ModelFiles:
         return content
 
 
+def short_name(place: str) -> str:
+    """A model's name without the folders before it, `.` and the like resolved; a Hub name as it is."""
+    path = Path(place).expanduser()
+    return path.resolve().name or place if path.exists() else place
+
+
 def open_files(place: str, revision: str | None = None, token: str | None = None) -> ModelFiles:
     """A folder that `save_pretrained` wrote, or a model on the Hub; without network, its copy in the cache.
 

@@ -5,7 +5,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from ..rba.report import text_table
 from ..rba.run_images import RunImages, open_images
 from ..terminal import highlighted
 from .arguments import EvaluateArguments, validate_evaluation
-from .frozen import Seen, see
+from .frozen import Seen, known_classes, see
 from .model_cost import file_size
+from .model_files import short_name
 from .outputs import Network
-from .side_by_side import Evaluation, Scores, score_network, side_by_side
+from .side_by_side import Evaluation, Scores, match_heads, score_network, side_by_side
 
 
 # What the analysis calls otherwise; the first two are options.
@@ -39,6 +40,12 @@ _NAMES = {
     "calibration images": "training images",
     "calibration split": "training split",
 }
+
+
+INTERVALS = (
+    "Brackets are 95 % intervals: bootstrap over images (Wilson's where all images or none are hits); of latency, "
+    "bootstrap over rounds."
+)
 
 
 def run_evaluate(args: EvaluateArguments, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -54,7 +61,8 @@ def run_evaluate(args: EvaluateArguments, say: Callable[[str], None] = print) ->
     wanted = _as_analysis(args)
     with _own_names():
         validate_analysis(wanted)
-    if args.disable_tqdm or not sys.stderr.isatty():
+    progress = not args.disable_tqdm and sys.stderr.isatty()
+    if not progress:
         datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     places = [(args.model_name_or_path, args.model_revision)]
@@ -83,28 +91,29 @@ def run_evaluate(args: EvaluateArguments, say: Callable[[str], None] = print) ->
     for note in images.notes:
         say(note)
 
-    scores: list[Scores] = []
-    seen: list[Seen] = []
+    seen: list[tuple[Seen, Seen]] = []
     for network, checkpoint, (place, _) in zip(networks, checkpoints, places):
         rows = [_prepared_by(checkpoint.processor, part) for part in (images.training, images.evaluation)]
-        names = [f"{kind} images, {Path(str(place)).name}" for kind in ("training", "evaluation")]
+        names = [f"{kind} images, {short_name(str(place))}" for kind in ("training", "evaluation")]
         train, test = (
-            see(network, part, args.batch_size, None if args.disable_tqdm else name) for part, name in zip(rows, names)
+            see(network, part, args.batch_size, name if progress else None) for part, name in zip(rows, names)
         )
         if args.knn_k > len(train.labels):
             raise InputError(f"--knn_k {args.knn_k}: there are only {len(train.labels)} training images")
+        seen.append((train, test))
+    tests = [test for _, test in seen]
+    matches = match_heads(networks, tests, images.evaluation.class_names)
+    scores: list[Scores] = []
+    for network, (place, _), (train, test), match in zip(networks, places, seen, matches):
         folder = Path(str(place))
         size = file_size(folder) if folder.is_dir() else 0
-        class_names = images.evaluation.class_names
         scores.append(
-            score_network(
-                network, str(place), train, test, class_names, args.knn_k, args.knn_temperature, args.seed, size
-            )
+            score_network(network, str(place), train, test, match, args.knn_k, args.knn_temperature, args.seed, size)
         )
-        seen.append(test)
-    found = side_by_side(networks, scores, seen, args.rounds, args.seed)
-    _tell(found, images, say)
-    record = _record(args, found, images)
+    found = side_by_side(networks, scores, tests, args.rounds, args.seed)
+    unseen = _unseen(*seen[0])
+    _tell(found, images, unseen, say)
+    record = _record(args, found, images, unseen)
     if args.eval_dataset_id is not None:
         record["eval_results"] = _write_entry(args, found, images, say)
     return record
@@ -140,6 +149,13 @@ def _in_own_words(text: str) -> str:
 
 
 def _check_labels(args: EvaluateArguments, images: RunImages) -> None:
+    if images.unknown_classes:
+        names = ", ".join(map(repr, images.unknown_classes[:3])) + (", …" if len(images.unknown_classes) > 3 else "")
+        raise InputError(
+            f"--eval_split {args.eval_split or 'train'}: its images show {len(images.unknown_classes)} classes that "
+            f"{args.train_split} of {args.dataset_name_or_path} has no name for ({names}); a split whose classes have "
+            "the names of the training split is accepted"
+        )
     for part, split in ((images.training, args.train_split), (images.evaluation, args.eval_split or args.train_split)):
         if part.labels is None:
             given = f" {args.label_column}" if args.label_column else ""
@@ -156,21 +172,35 @@ def _prepared_by(processor: Any, images: LabelledRows) -> LabelledRows:
     return replace(images, reader=reader)
 
 
-def _tell(found: Evaluation, images: RunImages, say: Callable[[str], None]) -> None:
+def _unseen(train: Seen, test: Seen) -> dict[str, int]:
+    """How many evaluation images, of how many classes, show what no training image does."""
+    labels = test.labels[~known_classes(train, test)]
+    return {"images": len(labels), "classes": len(torch.unique(labels))}
+
+
+def _tell(found: Evaluation, images: RunImages, unseen: dict[str, int], say: Callable[[str], None]) -> None:
     sides = [found.model] if found.baseline is None else [found.baseline, found.model]
-    short = [Path(side.name).name if Path(side.name).exists() else side.name for side in sides]
+    short = [short_name(side.name) for side in sides]
     names = short if len(set(short)) == len(short) else [side.name for side in sides]
     header = ["", *names, *(["change"] if found.baseline is not None else [])]
     title = f"On {_in_own_words(images.evaluated_on)}; learned from {len(images.training.rows)} images"
     say(highlighted(text_table(header, found.rows(), title)))
+    if any(score.accuracy is not None for side in sides for score in side.accuracies.values()):
+        say(INTERVALS)
+    if 0 < unseen["images"] < found.images:
+        say(
+            f"{unseen['images']} of {found.images} evaluation images show {unseen['classes']} classes that no "
+            "training image does: k-NN and linear probe cannot find them."
+        )
     for side in sides:
         for kind, score in side.accuracies.items():
             if score.reason:
                 say(f"No accuracy of the {kind} of {side.name}: {score.reason}.")
 
 
-def _record(args: EvaluateArguments, found: Evaluation, images: RunImages) -> dict[str, Any]:
+def _record(args: EvaluateArguments, found: Evaluation, images: RunImages, unseen: dict[str, int]) -> dict[str, Any]:
     readers = (images.training.reader, images.evaluation.reader)  # one and the same where images are held out
+    eval_split = args.eval_split or ("train" if args.eval_dataset_name_or_path else args.train_split)
     unreadable = {id(reader): reader.unreadable for reader in readers}
     return {
         **found.to_dict(),
@@ -180,9 +210,14 @@ def _record(args: EvaluateArguments, found: Evaluation, images: RunImages) -> di
             "revision": args.dataset_revision,
             "train_split": args.train_split,
             "train_images": len(images.training.rows),
+            "eval_dataset": args.eval_dataset_name_or_path or args.dataset_name_or_path,
+            "eval_split": eval_split,
             "evaluated_on": _in_own_words(images.evaluated_on),
+            "unseen_in_training": unseen,
             "unreadable": sum(len(found) for found in unreadable.values()),
         },
+        "intervals": INTERVALS,
+        "options": {name: value for name, value in asdict(args).items() if name != "token"},
         "seed": args.seed,
         "hardware": hardware(),
         "versions": versions(),
@@ -196,8 +231,11 @@ def _write_entry(
     kind = "own head" if found.model.accuracies["own head"].accuracy is not None else "k-NN"
     score = found.model.accuracies[kind]
     protocol = "image classification" if kind == "own head" else "k-NN classification of frozen features"
+    if score.accuracy is None:
+        say(f"No entry for {args.eval_dataset_id}: {score.reason}.")
+        return []
     measured_on = evaluated_images(args, args.train_split, args.eval_dataset_id)
-    result = measured_on.accuracy(f"top-1, {kind}", float(score.accuracy or 0.0), score.images, protocol)
+    result = measured_on.accuracy(f"top-1, {kind}", score.accuracy, score.images, protocol)
     entry = benchmark_entry(result, str(args.eval_dataset_id), args.eval_task_id)
     paths = write_benchmark_entries(str(args.model_name_or_path), [entry])
     for path in paths:

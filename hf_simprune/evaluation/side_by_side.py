@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .classification import head_accuracy, match_labels
-from .frozen import FrozenResult, Seen, accuracy_interval, knn_result, linear_result
-from .knn import paired_bootstrap_interval
+from .classification import LabelMatch, doubt, match_labels
+from .frozen import FrozenResult, Seen, knn_result, known_classes, linear_result
+from .knn import accuracy_interval, paired_bootstrap_interval
 from .latency import interleave, median_ratio
 from .model_cost import macs, parameters
 from .outputs import Network
@@ -107,12 +107,42 @@ class Evaluation:
         return [[*row, shown.get(row[0], "")] for row in table]
 
 
+def match_heads(
+    networks: Sequence[Network], seen: Sequence[Seen], class_names: Sequence[str] | None
+) -> list[LabelMatch]:
+    """Which of its head's classes the images show, for every network.
+
+    Labels without names are judged once for all heads with the same classes: what one of them finds more often than
+    guessing would are the classes of the others too, be these ever so bad.
+
+    Args:
+        seen: what each network made of the images.
+        class_names: of the labels, where they have names.
+    """
+    matches, doubts = [], []
+    heads = [
+        {} if found.classes is None else {int(i): name for i, name in (network.model.config.id2label or {}).items()}
+        for network, found in zip(networks, seen)
+    ]
+    for head, found in zip(heads, seen):
+        match = LabelMatch(None, False, "the network has no classification head")
+        if found.classes is not None:
+            match = match_labels(found.labels, head, class_names)
+        matches.append(match)
+        doubts.append("" if match.targets is None else doubt(found.classes, match, len(head)))
+    believed = [head for head, match, why in zip(heads, matches, doubts) if match.targets is not None and not why]
+    return [
+        LabelMatch(None, False, why) if why and head not in believed else match
+        for head, match, why in zip(heads, matches, doubts)
+    ]
+
+
 def score_network(
     network: Network,
     name: str,
     train: Seen,
     test: Seen,
-    class_names: Sequence[str] | None,
+    match: LabelMatch,
     k: int,
     temperature: float,
     seed: int,
@@ -122,13 +152,13 @@ def score_network(
 
     Args:
         train, test: what the network made of the images.
-        class_names: of the labels, where they have names.
+        match: which of the head's classes the test images show, from [`match_heads`].
         k, temperature: of the k-NN.
     """
     accuracies = {
-        "k-NN": _of(knn_result(train, test, k, temperature, seed)),
+        "k-NN": _knn(train, test, k, temperature, seed),
         "linear probe": _linear(train, test, seed),
-        "own head": _head(network, test, class_names, seed),
+        "own head": _head(test, match, seed),
     }
     pixels = test.first.to(network.model.device, network.model.dtype)
     return Scores(name, parameters(network.model), macs(network.forward, pixels), 0.0, file_bytes, accuracies)
@@ -171,24 +201,29 @@ def _of(result: FrozenResult) -> Score:
     return Score(result.accuracy, result.interval, len(result.hits), result.hits, settings=settings)
 
 
+def _knn(train: Seen, test: Seen, k: int, temperature: float, seed: int) -> Score:
+    if not known_classes(train, test).any():
+        return Score(None, None, len(test.labels), reason=_unknown(test))
+    return _of(knn_result(train, test, k, temperature, seed))
+
+
+def _unknown(test: Seen) -> str:
+    return f"no training image shows any of the {len(torch.unique(test.labels))} classes of the evaluation images"
+
+
 def _linear(train: Seen, test: Seen, seed: int) -> Score:
     if len(torch.unique(train.labels)) < 2:
         return Score(None, None, len(test.labels), reason="the training images show one class only")
+    if not known_classes(train, test).any():
+        return Score(None, None, len(test.labels), reason=_unknown(test))
     return _of(linear_result(train, test, seed=seed))
 
 
-def _head(network: Network, test: Seen, class_names: Sequence[str] | None, seed: int) -> Score:
-    count = len(test.labels)
-    if test.classes is None:
-        return Score(None, None, count, reason="the network has no classification head")
-    config = network.model.config
-    heads = {int(index): name for index, name in (config.id2label or {}).items()}
-    match = match_labels(test.labels, heads, class_names)
-    found = head_accuracy(test.classes, test.classes, match, len(heads), seed)
-    if found.original is None or match.targets is None:
-        return Score(None, None, count, reason=found.reason.replace("the original network", "the network"))
+def _head(test: Seen, match: LabelMatch, seed: int) -> Score:
+    if test.classes is None or match.targets is None:
+        return Score(None, None, len(test.labels), reason=match.reason)
     hits = test.classes == match.targets.cpu()
-    return Score(found.original, accuracy_interval(hits, seed), count, hits)
+    return Score(hits.double().mean().item(), accuracy_interval(hits, seed), len(hits), hits)
 
 
 def _plain(scores: Scores) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..data.decoding import load_pixels, oriented_size
 from ..errors import InputError
 from ..evaluation.model_cost import macs, parameters
+from ..evaluation.model_files import short_name
 from ..pictures_rba import span_matrix
 from ..rba.adapters import adapter_for, module_forward
 from ..rba.analysis import Analysis, analyze
@@ -77,8 +78,9 @@ class Explorer:
 
     @property
     def name(self) -> str:
-        """The model's, without the folders before it."""
-        return Path(self.adapter.model.name_or_path or type(self.adapter.model).__name__).name
+        """The model's, without the folders before it or the owner."""
+        model = self.adapter.model
+        return Path(short_name(model.name_or_path or type(model).__name__)).name
 
     def facts(self) -> str:
         """One line about the model."""

@@ -3,11 +3,21 @@
 
 from dataclasses import dataclass
 
+from ..errors import InputError
 from .fields import option, required
 
 
 # Short names on the command line and in YAML files.
 ALIASES = {"dataset": "dataset_name_or_path", "output": "output_dir"}
+
+
+MOST_SEED = 2**63 - 1
+
+
+def check_seed(seed: int, most: int = MOST_SEED) -> None:
+    """Raises InputError for a seed that a generator of random numbers would not take."""
+    if not 0 <= seed <= most:
+        raise InputError(f"--seed {seed}: must be from 0 to {most}")
 
 
 @dataclass(kw_only=True)

@@ -15,6 +15,7 @@ from ..options.common import (
     DatasetArguments,
     HubArguments,
     OutputArguments,
+    check_seed,
 )
 from ..options.fields import option
 from ..options.parsing import Options
@@ -24,7 +25,7 @@ from .plan import SPAN_MAPS, CompressionPlan
 GRANULARITIES = ("block", "half")
 STRATEGIES = ("measured", "br-contiguous", "br-greedy")
 BUDGETS = ("remove_blocks", "max_params", "max_flops", "max_latency", "max_cost")
-_LEAST = {"calibration_images": 3, "cost_images": 1, "max_span": 1, "batch_size": 1, "seed": 0}
+_LEAST = {"calibration_images": 3, "cost_images": 1, "max_span": 1, "batch_size": 1}
 _SHARE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)x")
 
 
@@ -204,6 +205,7 @@ def validate_analysis(args: AnalyzeArguments | CompressArguments) -> None:
     for name, least in _LEAST.items():
         if vars(args)[name] < least:
             raise InputError(f"--{name} {vars(args)[name]}: must be {least} or more")
+    check_seed(args.seed)
     if args.max_eval_samples is not None and args.max_eval_samples < 1:
         raise InputError(f"--max_eval_samples {args.max_eval_samples}: must be 1 or more")
     _check_evaluation_is_apart(args)

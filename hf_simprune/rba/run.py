@@ -138,10 +138,15 @@ def run_compress(args: CompressArguments) -> None:
     start.accelerator.end_training()
 
 
+def _shows_progress(args: AnalyzeArguments | CompressArguments) -> bool:
+    """Bars are for terminals: in a file they would be thousands of lines."""
+    return not args.disable_tqdm and sys.stderr.isatty()
+
+
 def _start(args: AnalyzeArguments | CompressArguments) -> _Start:
     """Open model and images and check them; the heavy work comes later."""
     assert args.model_name_or_path is not None and args.map is not None  # validated, and chosen by the caller
-    if args.disable_tqdm or not sys.stderr.isatty():
+    if not _shows_progress(args):
         datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()  # loading and saving take moments
     accelerator = Accelerator()
@@ -173,7 +178,7 @@ def _analyse(args: AnalyzeArguments | CompressArguments, start: _Start) -> Analy
         chunk_size=args.batch_size,
         first_block=args.first_block,
         accelerator=start.accelerator,
-        progress=not args.disable_tqdm,
+        progress=_shows_progress(args),
     )
 
 
@@ -193,7 +198,7 @@ def _heal(
         batch_size=args.batch_size,
         seed=args.seed,
         accelerator=start.accelerator,
-        progress=not args.disable_tqdm,
+        progress=_shows_progress(args),
     )
     return student, losses
 
@@ -250,7 +255,7 @@ def _compare(
         start.images.training,
         args.batch_size,
         args.seed,
-        progress=not args.disable_tqdm,
+        progress=_shows_progress(args),
         file_bytes=(weight_bytes(start.checkpoint.model), file_size(folder)),
     )
 

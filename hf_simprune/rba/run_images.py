@@ -10,9 +10,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.loading import find_label_column, load_split
 from ..errors import InputError
+from ..evaluation.model_files import short_name
 from .arguments import AnalyzeArguments, CompressArguments
 from .calibration import CalibrationSet, ImageReader, open_calibration_set
 from .comparison import LabelledRows, labels_of
+from .label_names import in_same_numbers, shares_unnamed_labels
 from .stream_rows import STREAMED_EVALUATION_IMAGES, about_held, hold_rows, rows_needed
 
 
@@ -23,6 +25,7 @@ EVALUATION_IMAGES = 5000
 class RunImages:
     """`calibration` fits and chooses; `training` are the same images with labels; `evaluation` is seen by neither.
 
+    `unknown_classes` are names of classes that evaluation images show and that the training images have no name for;
     `notes` are lines to print.
     """
 
@@ -30,6 +33,7 @@ class RunImages:
     training: LabelledRows
     evaluation: LabelledRows
     evaluated_on: str
+    unknown_classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -83,7 +87,7 @@ def open_images(args: AnalyzeArguments | CompressArguments, processor: BaseImage
             raise InputError(str(error).replace("--dataset_name_or_path", "--eval_dataset_name_or_path")) from None
         reader = ImageReader(evaluation_rows, processor, args.image_column)
         chosen = torch.randperm(len(evaluation_rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        where = f"of {split}" if args.eval_dataset_name_or_path is None else "of another data set"
+        where = f"of {split}" if args.eval_dataset_name_or_path is None else f"of {short_name(name)} ({split})"
     most = args.max_eval_samples or EVALUATION_IMAGES
     training = (*calibration.fit, *calibration.select)
     if not own_split:
@@ -96,13 +100,14 @@ def open_images(args: AnalyzeArguments | CompressArguments, processor: BaseImage
                 "name a split that shares none with --calibration_split"
             )
         where += f", without {shared} that are calibration images too" if shared else ""
-    return RunImages(
-        calibration,
-        _labelled(calibration.reader, rows, training, args.label_column),
-        _labelled(reader, evaluation_rows, tuple(chosen), args.label_column),
-        f"{len(chosen)} images {where}",
-        tuple(notes),
-    )
+    evaluation = _labelled(reader, evaluation_rows, tuple(chosen), args.label_column)
+    learned, unknown = in_same_numbers(_labelled(calibration.reader, rows, training, args.label_column), evaluation)
+    if args.eval_dataset_name_or_path is not None and shares_unnamed_labels(learned, evaluation):
+        notes.append(
+            f"labels: {short_name(args.dataset_name_or_path)} and {short_name(args.eval_dataset_name_or_path)} do not "
+            "both name their classes; equal numbers are taken to be equal classes"
+        )
+    return RunImages(calibration, learned, evaluation, f"{len(chosen)} images {where}", unknown, tuple(notes))
 
 
 def without_shared(

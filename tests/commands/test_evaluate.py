@@ -3,15 +3,24 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_simprune.cli import main
+from hf_simprune.errors import InputError
 from hf_simprune.evaluation import run
+from hf_simprune.evaluation.frozen import Seen
 from hf_simprune.evaluation.knn import paired_bootstrap_interval
-from hf_simprune.evaluation.side_by_side import Score, Scores, side_by_side
+from hf_simprune.evaluation.model_files import short_name
+from hf_simprune.evaluation.side_by_side import Score, Scores, match_heads, side_by_side
+from hf_simprune.explore.explorer import Explorer
+from hf_simprune.rba.checkpoint import load_checkpoint
 
 from ..rba.tiny_compression import dinov2, save_checkpoint, vit
 from ..tiny_run import write_images
@@ -85,6 +94,104 @@ def test_the_numbers_are_those_of_plain_transformers(compared, places):
     assert knn["settings"] == {"k": 5, "temperature": 0.07, "train_images": 39} and knn["images"] == 14
     shown = f"{100 * knn['accuracy']:.1f} % [{100 * knn['interval'][0]:.1f}, {100 * knn['interval'][1]:.1f}]"
     assert re.search(rf"top-1, k-NN .*{re.escape(shown)}  .* points \[", table)
+
+
+def labelled(path, labels, names=None, start=0):
+    """A parquet file of tinted pictures, a tint a label; `names` are those of the labels 0, 1, …."""
+    rng = np.random.default_rng(start)
+    order = ["red", "green", "blue", "grey"]
+    tints = dict(zip(order, [*(np.eye(3) * 140), np.zeros(3)]))
+    shown = [(names or order)[label].lower() for label in labels]
+    pixels = [(rng.integers(0, 100, (16, 16, 3)) + tints[name]).astype(np.uint8) for name in shown]
+    kind = Value("int64") if names is None else ClassLabel(names=names)
+    features = Features({"image": ImageFeature(), "label": kind})
+    rows = {"image": [Image.fromarray(picture) for picture in pixels], "label": labels}
+    Dataset.from_dict(rows, features=features).to_parquet(path)
+    return str(path)
+
+
+def evaluated(folder, train, test, **options):
+    """The record and what was said."""
+    lines = []
+    args = run.EvaluateArguments(
+        model_name_or_path=folder, dataset_name_or_path=train, eval_dataset_name_or_path=test, knn_k=3, rounds=1,
+        disable_tqdm=True, token="hf_secret", **options,
+    )  # fmt: skip
+    return run.run_evaluate(args, lines.append), "\n".join(lines)
+
+
+def test_classes_of_two_data_sets_are_matched_by_name(places, tmp_path):
+    train = labelled(tmp_path / "train.parquet", [0, 1, 2] * 4, ["red", "green", "blue"])
+    test = labelled(tmp_path / "test.parquet", [0, 1, 2] * 4, ["Blue", "Red", "green"], start=1)
+    record, said = evaluated(places[0], train, test)
+    same = labelled(tmp_path / "same.parquet", [2, 0, 1] * 4, ["red", "green", "blue"], start=1)
+    expected, _ = evaluated(places[0], train, same)
+    for kind in ("k-NN", "linear probe"):
+        assert record["model"]["accuracies"][kind] == expected["model"]["accuracies"][kind]
+        assert record["model"]["accuracies"][kind]["accuracy"] > 0.6
+    assert "equal numbers" not in said and "12 images of test.parquet (train)" in said
+    assert record["data"]["eval_dataset"] == test and record["data"]["eval_split"] == "train"
+    assert record["options"]["knn_k"] == 3 and "token" not in record["options"]
+
+
+def test_a_class_the_training_data_has_no_name_for_is_refused(places, tmp_path):
+    train = labelled(tmp_path / "train.parquet", [0, 1] * 4, ["red", "green"])
+    test = labelled(tmp_path / "test.parquet", [0, 1] * 2, ["green", "grey", "blue"], start=1)
+    with pytest.raises(InputError, match=r"its images show 1 classes that train of .* has no name for \('grey'\)"):
+        evaluated(places[0], train, test)
+
+
+def test_numbers_without_names_are_compared_and_what_cannot_be_found_is_said(places, tmp_path):
+    train = labelled(tmp_path / "train.parquet", [0, 1] * 4)
+    record, said = evaluated(places[0], train, labelled(tmp_path / "some.parquet", [0, 1, 2, 3] * 2, start=1))
+    assert "train.parquet and some.parquet do not both name their classes" in said
+    assert "4 of 8 evaluation images show 2 classes that no training image does" in said
+    assert record["data"]["unseen_in_training"] == {"images": 4, "classes": 2} and "Wilson" in said
+    record, said = evaluated(places[0], train, labelled(tmp_path / "none.parquet", [2, 3] * 3, start=1))
+    for kind in ("k-NN", "linear probe"):
+        score = record["model"]["accuracies"][kind]
+        assert score["accuracy"] is None and score["interval"] is None
+        assert "no training image shows any of the 2 classes" in score["reason"] and f"top-1, {kind}" not in said
+
+
+def test_a_network_that_guesses_stands_beside_one_whose_classes_the_labels_are():
+    class Headed:
+        def __init__(self, names):
+            self.model = type("Model", (), {"config": type("Config", (), {"id2label": dict(enumerate(names))})})
+
+    def found(classes):
+        return Seen(torch.zeros(len(labels), 2), classes, labels, torch.zeros(1, 3, 4, 4))
+
+    labels = torch.arange(40) % 10
+    names = [f"class {index}" for index in range(10)]
+    networks = [Headed(names), Headed(names), Headed(names[::-1])]
+    seen = [found(torch.zeros_like(labels)), found(labels), found(torch.zeros_like(labels))]
+    ruined, good, other = match_heads(networks, seen, None)
+    assert torch.equal(ruined.targets, labels) and torch.equal(good.targets, labels)
+    assert other.targets is None and "guessing among 10 classes" in other.reason
+    assert match_heads(networks[:1], seen[:1], None)[0].targets is None
+
+
+def test_bars_are_for_terminals(places, monkeypatch):
+    asked = []
+
+    def remember(network, images, size, progress):
+        asked.append(progress)
+        raise InputError("seen")
+
+    monkeypatch.setattr(run, "see", remember)
+    args = run.EvaluateArguments(model_name_or_path=places[0], dataset_name_or_path=places[2], eval_split="test")
+    for terminal in (False, True):
+        monkeypatch.setattr(run.sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        with pytest.raises(InputError, match="seen"):
+            run.run_evaluate(args)
+    assert asked == [None, "training images, vit"]
+
+
+def test_a_model_in_the_working_folder_has_its_name(places, monkeypatch, tmp_path):
+    monkeypatch.chdir(places[0])
+    assert short_name(".") == "vit" and short_name("owner/model") == "owner/model"
+    assert Explorer(load_checkpoint(".")).name == "vit"
 
 
 def test_differences_are_model_minus_baseline_and_paired():

@@ -107,6 +107,8 @@ def test_a_backbone_and_where_it_came_from(info, tmp_path):
         ("config.json", '{"model_type": "bert"}', "a bert is no vision transformer"),
         ("config.json", '{"model_type": "nothing"}', "its configuration is none of a model that is known here"),
         ("config.json", '{"model_type": "vit", "num_hidden_layers": 10000000}', "num_hidden_layers must be from 1"),
+        ("config.json", '{"model_type": "vit", "architectures": [3]}', "architectures [3]: a list of class names"),
+        ("config.json", '{"model_type": "vit", "architectures": "ViTModel"}', "architectures 'ViTModel': a list of"),
         ("model.safetensors", "short", "model.safetensors cannot be read"),
         ("compression.json", '{"plan": {"depth": 3, "spans": [1]}}', "compression.json: plan"),
     ],
@@ -118,6 +120,23 @@ def test_folders_that_are_broken(plain, tmp_path, capsys, name, content, message
     (folder / name).write_text(content)
     assert main(["info", str(folder)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_records_of_other_types_say_nothing(info, tmp_path):
+    folder = tmp_path / "vit"
+    save_checkpoint(folder)
+    (folder / "README.md").write_text("---\nbase_model: 3\ndatasets: 4\n---\n# Card\n")
+    assert info(folder)["datasets"] == []
+    (folder / "compression.json").write_text('{"data": 3, "model": ["a"], "command": {"b": 1}}')
+    found = info(folder)
+    assert (found["made_by"], found["made_from"], found["datasets"], found["command"]) == (
+        "compressed",
+        None,
+        [],
+        None,
+    )
+    (folder / "compression.json").write_text('{"data": {"dataset": 5}}')
+    assert info(folder)["datasets"] == []
 
 
 def test_a_model_on_the_hub(plain, tmp_path, monkeypatch):

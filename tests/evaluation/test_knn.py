@@ -9,6 +9,7 @@ import torch
 
 from hf_simprune.errors import InputError
 from hf_simprune.evaluation.knn import (
+    accuracy_interval,
     draw_few_labels,
     few_label_knn,
     knn_accuracy,
@@ -207,3 +208,16 @@ def test_the_evaluate_metric_agrees(tmp_path):
     result = metric.compute(bank=bank.float(), bank_labels=labels, k=7, temperature=0.1)
     assert result == {"knn_accuracy": knn_accuracy(bank.float(), labels, queries.float(), query_labels, 7, 0.1)}
     assert 0 < result["knn_accuracy"] < 1
+
+
+@pytest.mark.parametrize(("count", "hits"), [(14, 0), (14, 14), (1, 1), (1, 0)])
+def test_an_accuracy_of_none_or_all_has_wilsons_interval(count, hits):
+    from scipy.stats import binomtest
+
+    found = accuracy_interval(torch.arange(count) < hits, seed=0)
+    assert found == pytest.approx(tuple(binomtest(hits, count).proportion_ci(method="wilson")), abs=1e-9)
+
+
+def test_an_accuracy_between_has_the_bootstraps_interval():
+    hits = torch.rand(50) < 0.6
+    assert accuracy_interval(hits, 3) == paired_bootstrap_interval(hits, torch.zeros_like(hits), 3)[1:]
