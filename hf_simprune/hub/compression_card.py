@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from huggingface_hub import EvalResult
 
 from .facts import Licence
-from .model_card import card_data, markdown_table, masked, render, settings_table
+from .model_card import card_data, markdown_table, render, settings_table
+from .privacy import masked
 
 
 _CLASSIFIER = "AutoModelForImageClassification"

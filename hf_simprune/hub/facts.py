@@ -6,9 +6,10 @@ import platform
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import ModelCard, hf_hub_download
@@ -16,9 +17,13 @@ from huggingface_hub.errors import HTTPError
 
 from .. import __version__
 from .hub_names import hub_names, is_hub_id
+from .privacy import masked, short_word
 
 
-__all__ = ["Licence", "hardware", "is_hub_id", "launch_command", "licence_of", "versions"]
+__all__ = ["Licence", "hardware", "is_hub_id", "launch_words", "licence_of", "shown_command", "versions"]
+_PACKAGE, _PROGRAM = "hf_simprune", "hf-simprune"
+# Programs whose words are not those of the run.
+_CONSOLES = ("ipykernel_launcher", "colab_kernel_launcher", "ipython", "ipython3", "jupyter")
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets")
 
 
@@ -68,10 +73,51 @@ def licence_of(name_or_path: str, revision: str | None = None, token: str | None
     return Licence(found, data.get("license_name"), data.get("license_link"))
 
 
-def launch_command(argv: Sequence[str], processes: int = 1) -> str:
-    """What was typed, for a shell: `argv` as in `sys.argv`, run by python or, on several processes, by accelerate."""
+def launch_words(argv: Sequence[str], command: str, args: Any, processes: int = 1) -> list[str]:
+    """What starts a run again, word by word, without the folders of this machine.
+
+    That is `hf-simprune`, or a script by python, a recipe by its path in the repository; on several processes by
+    accelerate. A run that was started in a notebook or by hand in Python has no command; its options make one.
+
+    Args:
+        argv: as `sys.argv`.
+        command: of `hf-simprune` that does the same, such as "train".
+        args: the run's options, a dataclass.
+        processes: of the run.
+    """
+    script, words = Path(argv[0] if argv else ""), list(argv[1:])
+    root = None
     launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
-    return " ".join(map(shlex.quote, [*launcher, *argv]))
+    if not script.name or script.name == "-c" or script.stem in _CONSOLES:
+        script, words = Path(_PROGRAM), [command, *_option_words(args)]
+    if script.stem == _PROGRAM or script.parts[-2:] == (_PACKAGE, "cli.py"):
+        launcher = [_PROGRAM] if processes == 1 else [*launcher, "-m", f"{_PACKAGE}.cli"]
+    else:
+        folder = Path(os.path.abspath(script)).parent
+        root = folder.parent if folder.name == "recipes" else None
+        launcher.append(short_word(str(script)) if root is None else f"recipes/{script.name}")
+    return [*launcher, *(short_word(word, root) for word in words)]
+
+
+def shown_command(words: Sequence[str]) -> str:
+    """For a shell, without access tokens."""
+    return masked(" ".join(map(shlex.quote, words)))
+
+
+def _option_words(args: Any) -> list[str]:
+    """Options that differ from their defaults, as they are typed."""
+    words: list[str] = []
+    for entry in fields(args):
+        value = getattr(args, entry.name)
+        if entry.name == "token" or value is None or value == _default(entry):
+            continue
+        several = value if isinstance(value, (list, tuple)) else [value]
+        words += [f"--{entry.name}", *(str(each).lower() if isinstance(each, bool) else str(each) for each in several)]
+    return words
+
+
+def _default(entry: Field) -> Any:
+    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
 
 
 def _processor_name() -> str | None:

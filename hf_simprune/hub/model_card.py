@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .eval_results import Evaluated
 from .facts import Licence
+from .privacy import masked, short_values
 
 
 _TEMPLATES = files("hf_simprune.hub") / "templates"
@@ -202,17 +203,12 @@ def _gain_sentence(card: TrainingCard) -> str:
 
 
 def settings_table(settings: Mapping[str, object]) -> str:
-    """Options and their values, without access tokens."""
+    """Options and their values, without access tokens and folders of this machine."""
     return markdown_table(["setting", "value"], [(f"`{k}`", f"`{_setting(k, v)}`") for k, v in settings.items()])
 
 
 def _setting(name: str, value: object) -> str:
-    return "***" if name == "token" and value is not None else masked(str(value))
-
-
-def masked(text: str) -> str:
-    """Without access tokens: cards are public."""
-    return re.sub(r"\bhf_(?!simprune)[A-Za-z0-9]{4,}", "***", re.sub(r"(--token[ =])\S+", r"\1***", text))
+    return "***" if name == "token" and value is not None else masked(str(short_values(value)))
 
 
 def _percent(value: float | None) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
+from .privacy import TOKEN
 
 
 CONFIG, CARD = "config.json", "README.md"
@@ -31,7 +32,6 @@ _STALE = re.compile(
     r"redundancy\.(json|png)"
 )
 _TEXT = (".json", ".jsonl", ".yaml", ".md", ".py", ".cff", ".txt")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _mapped(folder: Path, name: str) -> list[str]:
 
 def _refuse_tokens(folder: Path, names: set[str]) -> None:
     for name in sorted(names):
-        if name.endswith(_TEXT) and _TOKEN.search((folder / name).read_text(encoding="utf-8", errors="replace")):
+        if name.endswith(_TEXT) and TOKEN.search((folder / name).read_text(encoding="utf-8", errors="replace")):
             raise InputError(f"{folder}/{name} holds an access token (hf_…): take it out before others can read it")
 
 

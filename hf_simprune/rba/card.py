@@ -100,7 +100,7 @@ def compression_card(
         notes=(*result.notes, *missing_accuracies(result.comparison)),
         eval_results=results,
         limits=limits(images, result, licence),
-        command=typed_command(),
+        command=typed_command(args),
         seed=args.seed,
         hardware=hardware(),
         versions=versions(),

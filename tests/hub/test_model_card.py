@@ -132,7 +132,7 @@ def test_another_reduction_is_not_called_simprune():
 
 
 def test_access_tokens_never_reach_the_card():
-    secret = "hf_abcDEF123456"
+    secret = "hf_" + "a1B2" * 9
     config = {"token": "opaque", "dataset_name_or_path": secret, "seed": 1}
     text = render_model_card(replace(FULL, command=f"train --token {secret} --token=opaque --seed 1", config=config))
     assert secret not in text and "opaque" not in text
