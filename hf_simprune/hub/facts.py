@@ -16,11 +16,20 @@ from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HTTPError
 
 from .. import __version__
-from .hub_names import hub_names, is_hub_id
+from .hub_names import hub_names, is_hub_id, is_repo_id
 from .privacy import masked, short_word
 
 
-__all__ = ["Licence", "hardware", "is_hub_id", "launch_words", "licence_of", "shown_command", "versions"]
+__all__ = [
+    "Licence",
+    "base_model_of",
+    "hardware",
+    "is_hub_id",
+    "launch_words",
+    "licence_of",
+    "shown_command",
+    "versions",
+]
 _PACKAGE, _PROGRAM = "hf_simprune", "hf-simprune"
 # Programs whose words are not those of the run.
 _CONSOLES = ("ipykernel_launcher", "colab_kernel_launcher", "ipython", "ipython3", "jupyter")
@@ -53,24 +62,37 @@ def hardware() -> str:
 
 def licence_of(name_or_path: str, revision: str | None = None, token: str | None = None) -> Licence | None:
     """The licence that a model's card names, None where there is no card or none in it, or the Hub is out of reach."""
-    try:
-        folder = Path(name_or_path).expanduser()
-        local = folder / "README.md"
-        if not folder.is_dir():
-            local = Path(hf_hub_download(name_or_path, "README.md", revision=revision, token=token))
-        data = ModelCard(local.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except (HTTPError, OSError, ValueError, yaml.YAMLError):
-        return None
+    data = _card_of(name_or_path, revision, token)
     found = data.get("license")
     if isinstance(found, list) and len(found) == 1:
         found = found[0]
-    if not isinstance(found, str):
+    if not isinstance(found, str) or found == "unknown":
         return None
     if found not in hub_names("licenses"):
         return Licence("other", found, data.get("license_link"))
     if found == "other" and not data.get("license_name"):
         return None
     return Licence(found, data.get("license_name"), data.get("license_link"))
+
+
+def base_model_of(folder: str) -> str | None:
+    """The Hub id that the card in a folder names as what its model was made from, None where it names none or many."""
+    found = _card_of(folder).get("base_model")
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]
+    return found if is_repo_id(found) else None
+
+
+def _card_of(name_or_path: str, revision: str | None = None, token: str | None = None) -> dict[str, Any]:
+    """The metadata of a model's card, {} where it cannot be had."""
+    try:
+        folder = Path(name_or_path).expanduser()
+        local = folder / "README.md"
+        if not folder.is_dir():
+            local = Path(hf_hub_download(name_or_path, "README.md", revision=revision, token=token))
+        return ModelCard(local.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except (HTTPError, OSError, ValueError, yaml.YAMLError):
+        return {}
 
 
 def launch_words(argv: Sequence[str], command: str, args: Any, processes: int = 1) -> list[str]:

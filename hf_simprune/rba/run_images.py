@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from datasets import ClassLabel, Dataset
@@ -10,6 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.loading import find_label_column, load_split
 from ..errors import InputError
+from ..hub.hub_names import is_hub_id
 from .arguments import AnalyzeArguments, CompressArguments
 from .calibration import CalibrationSet, ImageReader, open_calibration_set
 from .comparison import LabelledRows, labels_of
@@ -83,7 +85,7 @@ def open_images(args: AnalyzeArguments | CompressArguments, processor: BaseImage
             raise InputError(str(error).replace("--dataset_name_or_path", "--eval_dataset_name_or_path")) from None
         reader = ImageReader(evaluation_rows, processor, args.image_column)
         chosen = torch.randperm(len(evaluation_rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        where = f"of {split}" if args.eval_dataset_name_or_path is None else "of another data set"
+        where = f"of {split}" if args.eval_dataset_name_or_path is None else f"of {_shown(name)} ({split})"
     most = args.max_eval_samples or EVALUATION_IMAGES
     training = (*calibration.fit, *calibration.select)
     if not own_split:
@@ -122,6 +124,11 @@ def without_shared(
         else:
             kept.append(row)
     return kept, shared
+
+
+def _shown(name: str) -> str:
+    """A data set in words: its Hub id, or the last part of its path."""
+    return name if is_hub_id(name) else Path(name).expanduser().resolve().name
 
 
 def _labelled(reader: ImageReader, rows: Dataset, chosen: tuple[int, ...], label_column: str | None) -> LabelledRows:

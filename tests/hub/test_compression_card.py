@@ -44,6 +44,7 @@ BARE = CompressionCard(
 FULL = replace(
     BARE,
     stock=False,
+    original="someone/vit",
     base_model="someone/vit",
     dataset_id="someone/flowers",
     licence=Licence("apache-2.0"),
@@ -97,6 +98,12 @@ def test_cards_are_sound_whatever_they_tell():
     for card in (BARE, FULL, replace(FULL, healed=()), replace(BARE, notes=["a", "b"], picture="redundancy.png")):
         text = render_compression_card(card)
         assert check_card(text) == [] and missing_parts(text) == []
+
+
+def test_a_network_made_from_another_one_names_both():
+    text = render_compression_card(replace(FULL, original="smaller"))
+    assert "smaller, made from [someone/vit](https://huggingface.co/someone/vit), with 10 of its 12 blocks" in text
+    assert ModelCard(text).data.base_model == "someone/vit"
 
 
 def test_a_network_that_keeps_all_blocks_says_that_parts_went():
