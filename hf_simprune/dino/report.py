@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..hub.eval_results import benchmark_entry, evaluated_images, write_benchmark_entries
-from ..hub.facts import Licence, hardware, is_hub_id, launch_command, licence_of, versions
+from ..hub.facts import Licence, hardware, is_hub_id, launch_words, licence_of, shown_command, versions
 from ..hub.model_card import KNNRow, TrainingCard, knn_results, render_model_card
 from ..pictures import PrunedView, plot_loss_curve, plot_pruned_tokens
 from ..reduction.methods import METHODS
@@ -140,7 +140,7 @@ def write_card(
         dataset_id=args.dataset_name_or_path if is_hub_id(args.dataset_name_or_path) else args.dataset_id,
         base_model=start if is_hub_id(start) else args.base_model_id,
         licence=licence,
-        command=command(sys.argv, about),
+        command=command(sys.argv, args, about),
         seed=args.seed,
         hardware=hardware(),
         versions=versions(),
@@ -185,14 +185,14 @@ def limits(args: DinoArguments, seen: int, classified: bool, licence: Licence | 
     return lines
 
 
-def command(argv: list[str], about: dict[str, Any]) -> str:
-    """What starts the same run from its beginning."""
+def command(argv: list[str], args: DinoArguments, about: dict[str, Any]) -> str:
+    """What starts the same run from its beginning, without access tokens and folders of this machine."""
     words: list[str] = []
-    rest = iter(argv)
+    rest = iter(launch_words(argv, "train", args, about.get("processes", 1)))
     for word in rest:
         name, equals, _ = word.partition("=")
         if name.replace("-", "_") != "__resume_from_checkpoint":
             words.append(word)
         elif not equals:
             next(rest, None)
-    return launch_command(words, about.get("processes", 1))
+    return shown_command(words)

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .hub_names import hub_names, is_repo_id
+from .privacy import TOKEN
 
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
@@ -25,7 +26,6 @@ _PLACEHOLDERS = (
     r"\byour[-_ ]?(?:user)?name/",
 )
 _TEMPLATE = re.compile(r"\{\{|\{%")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _NOTHING = re.compile(r"(?<!\\)\|[ `]*(?:None|nan|inf|-inf)[ `%]*(?=\|)")
 _LINK = re.compile(r"(!?)\[[^\]\n]*\]\(([^)\s]+)\)")
 # What a card of this package has; a card that its owner has edited need not.
@@ -149,7 +149,7 @@ def _text_faults(body: str) -> Iterator[str]:
             yield f"text: {found[0]!r} is still to be filled in"
     if found := _TEMPLATE.search(_BIBTEX.sub("", body)):
         yield f"text: {body[body.index(found[0]) :].splitlines()[0][:40]!r} is left of a template"
-    if _TOKEN.search(body):
+    if TOKEN.search(body):
         yield "text: it holds an access token"
     if len(re.findall(r"^```", body, re.MULTILINE)) % 2:
         yield "text: a code block is not closed"
