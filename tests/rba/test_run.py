@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,6 +218,8 @@ class TestMethods:
         assert entry["value"] == round(record["training_free"]["retrained"]["compressed"], 4)
         assert "7 images of train" in entry["notes"] and data.eval_results[0].dataset_type == "some/shapes"
         assert record["training_free"]["images"] == 7
+        assert "7 images of other.parquet (train)" in record["data"]["evaluated_on"]
+        assert "other.parquet (train)" in card
         assert len(record["data"]["indices"]["fit"]) + len(record["data"]["indices"]["selection"]) == IMAGES
 
     def test_images_of_the_calibration_split_are_not_evaluated_on(self, images, checkpoint, tmp_path, capsys):
@@ -391,3 +394,22 @@ def test_a_single_evaluation_image_is_enough(images, checkpoint, tmp_path, capsy
     words = ["compress", checkpoint, "--dataset", images, "--remove-blocks", "1", "--output", str(tmp_path / "out")]
     assert main([*words, "--max_eval_samples", "1", *SPEED]) == 0
     assert "On 1 evaluation images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("terminal", "quiet", "shown"), [(False, False, False), (True, False, True), (True, True, False)]
+)
+def test_bars_are_for_terminals(monkeypatch, tmp_path, terminal, quiet, shown):
+    asked = []
+
+    def remember(*_, progress, **__):
+        asked.append(progress)
+        raise InputError("seen")
+
+    start = SimpleNamespace(checkpoint=SimpleNamespace(model=None), images=SimpleNamespace(calibration=None))
+    start.accelerator = None
+    monkeypatch.setattr(run, "analyze", remember)
+    monkeypatch.setattr(run, "_start", lambda args: start)
+    monkeypatch.setattr(run.sys.stderr, "isatty", lambda: terminal, raising=False)
+    words = ["--dataset", "data", "--output", str(tmp_path / "out"), *(["--disable_tqdm"] if quiet else [])]
+    assert main(["analyze", "net", *words]) == 2 and asked == [shown]
