@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -394,22 +393,3 @@ def test_a_single_evaluation_image_is_enough(images, checkpoint, tmp_path, capsy
     words = ["compress", checkpoint, "--dataset", images, "--remove-blocks", "1", "--output", str(tmp_path / "out")]
     assert main([*words, "--max_eval_samples", "1", *SPEED]) == 0
     assert "On 1 evaluation images" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("terminal", "quiet", "shown"), [(False, False, False), (True, False, True), (True, True, False)]
-)
-def test_bars_are_for_terminals(monkeypatch, tmp_path, terminal, quiet, shown):
-    asked = []
-
-    def remember(*_, progress, **__):
-        asked.append(progress)
-        raise InputError("seen")
-
-    start = SimpleNamespace(checkpoint=SimpleNamespace(model=None), images=SimpleNamespace(calibration=None))
-    start.accelerator = None
-    monkeypatch.setattr(run, "analyze", remember)
-    monkeypatch.setattr(run, "_start", lambda args: start)
-    monkeypatch.setattr(run.sys.stderr, "isatty", lambda: terminal, raising=False)
-    words = ["--dataset", "data", "--output", str(tmp_path / "out"), *(["--disable_tqdm"] if quiet else [])]
-    assert main(["analyze", "net", *words]) == 2 and asked == [shown]
