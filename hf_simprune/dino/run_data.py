@@ -2,13 +2,13 @@
 """The data of a run: training rows, their crops, and the labelled rows of the k-NN."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, IterableDataset
+from datasets import ClassLabel, Dataset, IterableDataset
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
@@ -23,6 +23,7 @@ from ..data.loading import (
 )
 from ..data.streams import Place, ShuffledStream, sample_rows
 from ..errors import InputError
+from ..evaluation.label_names import numbers_by_name
 from .arguments import DinoArguments
 from .augmentation import AugmentationConfig
 from .data import MultiCropDataset, OnBadImage, PixelCache, decode_small_set
@@ -170,6 +171,7 @@ def _knn_images(
     if isinstance(train, IterableDataset):
         held = min(args.knn_bank_samples, DEFAULT_STREAM_BANK)
         train = sample_rows(train, [image_column, label_column], held, in_one=args.max_train_samples is not None)
+    bank_names = _class_names(train, label_column)
     bank = labelled_images(train, image_column, label_column)
     bank = bank.subset(drawn(len(bank), args.knn_bank_samples))
     if args.eval_split is None and args.eval_dataset_name_or_path is None:
@@ -190,8 +192,16 @@ def _knn_images(
         test = sample_rows(test, [test_image, test_label], args.max_eval_samples or DEFAULT_STREAM_BANK)
     queries = labelled_images(test, test_image, test_label)
     queries = queries.subset(drawn(len(queries), args.max_eval_samples))
+    names = _class_names(test, test_label)
+    if bank_names is not None and names is not None:
+        bank = replace(bank, labels=numbers_by_name(bank_names, names)[0][bank.labels])
     name = Path(name).name
     return bank, queries, f"{len(queries):,} images of {name} ({split}), classified by {len(bank):,} training images"
+
+
+def _class_names(dataset: Dataset | IterableDataset, label_column: str) -> list[str] | None:
+    feature = known_features(dataset)[label_column]
+    return feature.names if isinstance(feature, ClassLabel) else None
 
 
 def labelled_images(dataset: Dataset, image_column: str, label_column: str) -> LabelledImages:

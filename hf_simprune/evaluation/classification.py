@@ -137,6 +137,7 @@ def doubt(given: Tensor, match: LabelMatch, num_classes: int, who: str = "the ne
         num_classes: of its head.
         who: what to call the network.
     """
+    assert match.targets is not None
     hits = given == match.targets.cpu()
     share = 100 * hits.double().mean().item()
     if match.by_name or guessing_probability(int(hits.sum()), len(hits), num_classes) < GUESSED:

@@ -113,7 +113,7 @@ def compression_card(
 
 def origin(args: CompressArguments) -> tuple[str, str | None]:
     """What was compressed, and its Hub id, or that of what it was made from if its own card says so."""
-    source = args.model_name_or_path
+    source = str(args.model_name_or_path)
     copied = source if is_hub_id(source) else args.base_model_id
     return (copied, copied) if copied else (Path(source).resolve().name, base_model_of(source))
 

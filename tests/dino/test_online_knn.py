@@ -10,16 +10,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from hf_simprune.dino.online_knn import LabelledImages, OnlineKnn, drawn, hold_out
-from hf_simprune.dino.run_data import labelled_images
+from hf_simprune.dino.run_data import labelled_images, open_data
 from hf_simprune.errors import EvaluationError, InputError
 from hf_simprune.evaluation.features import build_image_processor
 from hf_simprune.models.architectures import build_backbone
 
 from ..tiny_run import naive_knn, png
 from .conftest import TINY
+from .make_arguments import make_arguments
 
 
 K, TEMPERATURE = 5, 0.07
@@ -193,3 +195,17 @@ class TestAccuracy:
     def test_more_neighbours_than_images_are_refused(self, network, processor):
         with pytest.raises(InputError, match="--knn_k 5: there are only 4 labelled images"):
             knn(network, processor, labelled(range(4)), labelled(range(4)))
+
+
+def test_classes_of_the_evaluation_set_are_matched_by_name(tmp_path):
+    def written(name, classes, labels):
+        features = Features({"image": ImageFeature(), "label": ClassLabel(names=classes)})
+        rows = {"image": [picture(row) for row in range(len(labels))], "label": labels}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / name)
+        return str(tmp_path / name)
+
+    train = written("train.parquet", ["ant", "bee", "cat"], [0, 1, 2, 0])
+    other = written("other.parquet", ["Bee", "dog", "ant"], [0, 2, 1])
+    data = open_data(make_arguments(dataset_name_or_path=train, eval_dataset_name_or_path=other))
+    assert data.queries.labels.tolist() == [0, 2, 1]  # bee, ant, dog
+    assert data.bank.labels.tolist() == [2, 0, 5, 2]  # ant, bee, cat, ant

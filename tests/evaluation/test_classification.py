@@ -7,6 +7,7 @@ import torch
 
 from hf_simprune.errors import InputError
 from hf_simprune.evaluation.classification import guessing_probability, head_accuracy, match_labels, predictions
+from hf_simprune.evaluation.label_names import numbers_by_name
 
 
 HEAD = {0: "tench, Tinca tinca", 1: "great white shark, white shark", 2: "sports_car", 3: "crane", 4: "crane"}
@@ -129,3 +130,12 @@ def test_the_probability_of_guessing_is_that_of_the_binomial_distribution():
         assert guessing_probability(hits, images, classes) == pytest.approx(exact(hits, images, classes), rel=1e-9)
     assert guessing_probability(2000, 5000, 3) < 1e-15
     assert guessing_probability(4, 9, 1) == 0
+
+
+def test_classes_of_two_data_sets_are_numbered_by_name():
+    numbers, missing = numbers_by_name(["tench, Tinca tinca", "crane", "owl"], ["owl", "Tench", "jay"])
+    assert numbers.tolist() == [1, 4, 0] and missing == [2]
+    assert numbers_by_name(["crane", "crane"], ["crane", "crane"])[0].tolist() == [0, 1]  # the very same list
+    for names, other in ((["crane", "Crane"], ["crane"]), (["crane"], ["crane", "CRANE"])):
+        with pytest.raises(InputError, match="means several classes"):
+            numbers_by_name(names, other)

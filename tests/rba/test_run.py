@@ -219,6 +219,8 @@ class TestMethods:
         assert str(tmp_path) not in card.split("## Results")[1]
         assert "7 images of train" in entry["notes"] and data.eval_results[0].dataset_type == "some/shapes"
         assert record["training_free"]["images"] == 7
+        assert "7 images of other.parquet (train)" in record["data"]["evaluated_on"]
+        assert "other.parquet (train)" in card
         assert len(record["data"]["indices"]["fit"]) + len(record["data"]["indices"]["selection"]) == IMAGES
 
     def test_images_of_the_calibration_split_are_not_evaluated_on(self, images, checkpoint, tmp_path, capsys):
