@@ -79,7 +79,7 @@ def test_a_split_of_its_own_is_drawn_from_its_own_stream(tmp_path: Path):
     images = opened(files, eval_dataset_name_or_path=other, calibration_images=12, max_eval_samples=46)
     assert len(images.training.rows) == 12 and len(images.evaluation.rows) == 46 - 12
     assert not set(content(images.training)) & set(content(images.evaluation))
-    assert len(images.notes) == 2 and images.evaluated_on.startswith("34 images of other (train), without ")
+    assert len(images.notes) == 3 and images.evaluated_on.startswith("34 images of other (train), without ")
 
 
 def test_an_analysis_is_that_of_the_held_rows_as_a_data_set(tmp_path: Path, monkeypatch, capsys):
