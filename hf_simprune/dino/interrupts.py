@@ -29,9 +29,9 @@ class Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.requested is None:
-            self._restore()
-        # otherwise a copy of the signal may still be under way; the first one that is none restores
+        if self.requested is not None:  # a copy of the signal may still be under way
+            time.sleep(max(0.0, self._since + SAME_SIGNAL_SECONDS - time.monotonic()))
+        self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:

@@ -129,8 +129,10 @@ def match_heads(
         if found.classes is not None:
             match = match_labels(found.labels, head, class_names)
         matches.append(match)
-        unsure = match.targets is not None and found.classes is not None
-        doubts.append(doubt(found.classes, match, len(head)) if unsure else "")
+        why = ""
+        if found.classes is not None and match.targets is not None:
+            why = doubt(found.classes, match, len(head))
+        doubts.append(why)
     believed = [head for head, match, why in zip(heads, matches, doubts) if match.targets is not None and not why]
     return [
         LabelMatch(None, False, why) if why and head not in believed else match
