@@ -1,8 +1,5 @@
 """Parameters, MACs and seconds of networks and of their pieces."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTModel
@@ -14,6 +11,8 @@ from hf_simprune.models import SimPruneViTConfig, SimPruneViTModel
 from hf_simprune.models.vit.maps_simprune_vit import LowRankMap, MLPMap, ResMLPMap
 from hf_simprune.rba.adapters import adapter_for, module_forward
 from hf_simprune.rba.plan import Half, Span
+
+from ..elsewhere import run
 
 
 WIDTH, DEPTH, HIDDEN, TOKENS = 24, 4, 40, 17
@@ -147,12 +146,12 @@ def test_file_size_is_that_of_the_weights(classifier, tmp_path):
     assert 4 * parameters(classifier) <= file_size(tmp_path) < 4 * parameters(classifier) + 20_000
 
 
-def test_evaluation_does_not_import_what_builds_on_it():
+def test_evaluation_does_not_import_what_builds_on_it(tmp_path):
     modules = ["latency", "model_cost", "classification", "linear_probe", "segmentation"]
     imports = "".join(f"import hf_simprune.evaluation.{name}\n" for name in modules)
     code = f"import sys\n{imports}print([name for name in sys.modules if name.startswith('hf_simprune.rba')])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    found = run(["-c", code], tmp_path, package=True)
+    assert found.stdout.strip() == "[]", found.stderr
 
 
 def test_constant_halves_can_be_counted(pixels):

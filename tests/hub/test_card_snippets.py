@@ -1,8 +1,6 @@
-"""The code in the cards runs in a fresh process and gives what it says."""
+"""The code in the cards runs in a process without this package and gives what it says."""
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +12,7 @@ from hf_simprune.evaluation.features import build_image_processor
 from hf_simprune.hub.compression_card import render_compression_card
 from hf_simprune.hub.model_card import render_model_card
 
+from ..elsewhere import run
 from .test_compression_card import BARE as COMPRESSED
 from .test_model_card import BARE as TRAINED
 
@@ -40,7 +39,7 @@ def test_the_snippets_run_and_give_the_class_token_and_the_name_of_a_class(tmp_p
     classifier = snippet(render_compression_card(replace(COMPRESSED, model_id="classifier")))
     assert len([line for line in backbone.splitlines() if line and "import" not in line]) <= 5
     script = backbone + "import torch\ntorch.save(features.detach(), 'features.pt')\n" + classifier + "print(label)"
-    found = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    found = run(["-c", script], tmp_path)
     pixels = processor(images=image, return_tensors="pt")
     with torch.no_grad():
         expected = models["classifier"](**pixels).logits.argmax(-1).item()

@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from hf_simprune.errors import InputError
 from hf_simprune.models.architectures import ARCHITECTURES, build_backbone
 from hf_simprune.models.stock import to_stock
 
+from ..elsewhere import run
 from .dinov2_family import DINOV2, Dinov2Family
 from .test_families import (  # noqa: F401
     test_auto_classes_build_the_own_classes,
@@ -82,7 +82,7 @@ def test_only_backbones_have_a_stock_copy(family: Dinov2Family):
 
 
 def test_the_saved_stock_folder_loads_elsewhere_to_the_same_bits(tmp_path, images: Tensor):
-    """A fresh process that cannot import this package: nothing missing, nothing random, the same features."""
+    """A process that cannot import this package: nothing missing, nothing random, the same features."""
     own = DINOV2.own(drop_path_rate=0.1, use_swiglu_ffn=True)
     to_stock(own).save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -92,8 +92,7 @@ def test_the_saved_stock_folder_loads_elsewhere_to_the_same_bits(tmp_path, image
     torch.save(images, tmp_path / "images.pt")
     torch.save(own(images).last_hidden_state, tmp_path / "features.pt")
     code = f"""
-import sys, torch
-sys.modules["hf_simprune"] = None
+import torch
 from transformers import AutoModel
 model, info = AutoModel.from_pretrained({str(tmp_path / "model")!r}, output_loading_info=True)
 for parameter in model.parameters():  # a product may round by where in memory its factors lie, here in a file
@@ -103,7 +102,7 @@ features = torch.load({str(tmp_path / "features.pt")!r})
 print(type(model).__name__, any(info.values()), torch.equal(output.last_hidden_state, features),
       torch.equal(output.pooler_output, features[:, 0]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = run(["-c", code], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["Dinov2Model", "False", "True", "True"]
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from hf_simprune import models
 from hf_simprune.models.bundle import bundle_reduction
 
+from ..elsewhere import run
 from .conftest import TINY, Family
 
 
@@ -93,19 +94,12 @@ def test_shipped_files_load_without_the_package(family: Family, tmp_path):
     torch.save(images, tmp_path / "images.pt")
     torch.save(network(images).last_hidden_state, tmp_path / "features.pt")
     code = f"""
-import sys, torch
-sys.modules["hf_simprune"] = None
+import torch
 from transformers import AutoModel
 model = AutoModel.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True, add_pooling_layer=False)
 features = model(torch.load({str(tmp_path / "images.pt")!r})).last_hidden_state
 print(type(model).__name__, torch.equal(features, torch.load({str(tmp_path / "features.pt")!r})))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={"PATH": "", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
+    done = run(["-c", code], tmp_path, PATH="")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [family.model.__name__, "True"]

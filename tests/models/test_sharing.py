@@ -1,8 +1,6 @@
 """A folder with its code: with this package, and in a process that cannot import it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +13,14 @@ from transformers import AutoModel, AutoModelForImageClassification, ViTImagePro
 from hf_simprune.errors import InputError
 from hf_simprune.models.sharing import save_with_code
 
+from ..elsewhere import run
 from .conftest import Family
 from .test_replaced_blocks import build
 
 
-def run_alone(code: str, folder: Path) -> list[str]:
+def run_alone(code: str, folder: Path, fresh: bool = False) -> list[str]:
     """What `code` prints, word by word, where importing this package is an error."""
-    done = subprocess.run(
-        [sys.executable, "-c", f'import sys\nsys.modules["hf_simprune"] = None\n{code}'],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={"PATH": "", "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
+    done = run(["-c", code], folder, fresh=fresh, PATH="")
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -54,6 +47,7 @@ again = AutoModelForImageClassification.from_pretrained("again", trust_remote_co
 print(torch.allclose(again(images).logits, logits, atol=1e-5), again.config._attn_implementation)
 """,
         tmp_path,
+        fresh=family.name == "vit",
     )
     names = [family.config.__name__, family.classifier.__name__, family.model.__name__]
     assert printed == [*names, "9", "True", "True", "True", "eager"]

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 from hf_simprune.errors import InputError
 from hf_simprune.models.stock import to_stock
 
+from ..elsewhere import run
 from .conftest import TINY, Family
 
 
@@ -65,7 +64,7 @@ def test_only_backbones_of_this_package_are_taken(family: Family):
 
 
 def test_the_saved_folder_loads_elsewhere_to_the_same_bits(family: Family, tmp_path, images: Tensor):
-    """A fresh process that cannot import this package: nothing missing, nothing random, the same features."""
+    """A process that cannot import this package: nothing missing, nothing random, the same features."""
     own = family.own(drop_path_rate=0.1)
     to_stock(own).save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -74,8 +73,7 @@ def test_the_saved_folder_loads_elsewhere_to_the_same_bits(family: Family, tmp_p
     torch.save(images, tmp_path / "images.pt")
     torch.save(own(images).last_hidden_state, tmp_path / "features.pt")
     code = f"""
-import sys, torch
-sys.modules["hf_simprune"] = None
+import torch
 from transformers import AutoModel
 model, info = AutoModel.from_pretrained({str(tmp_path / "model")!r}, output_loading_info=True)
 output = model(torch.load({str(tmp_path / "images.pt")!r}))
@@ -83,7 +81,7 @@ features = torch.load({str(tmp_path / "features.pt")!r})
 print(type(model).__name__, any(info.values()), torch.equal(output.last_hidden_state, features),
       torch.equal(output.pooler_output, features[:, 0]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = run(["-c", code], tmp_path, fresh=family.name == "vit")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [family.stock_model.__name__, "False", "True", "True"]
 

@@ -1,4 +1,4 @@
-"""Run by torchrun: analyses shared by processes, saved by each of them."""
+"""Run on every rank: analyses shared by processes, saved by each of them."""
 
 import json
 import sys

@@ -5,9 +5,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +28,7 @@ from hf_simprune.rba.replay import activations
 from hf_simprune.rba.report import RedundancyReport
 from hf_simprune.rba.search import choose
 
+from ..elsewhere import run_ranks
 from .conftest import DEPTH, make_model
 from .image_sets import PROCESSOR, calibration, pictures, quiet_model, summary
 
@@ -178,11 +176,8 @@ def test_two_processes_find_what_one_finds(tmp_path: Path):
     """Real processes over gloo; neither 13 nor 17 images fill chunks of 4 or divide by 2 processes."""
     cases = {"vit-classifier": 13, "dinov2": 17}
     script = Path(__file__).parent / "analysis_on_ranks.py"
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    subprocess.run(
-        [*command, str(tmp_path), json.dumps(cases)], env=environment, check=True, capture_output=True, timeout=300
-    )
+    ranks = run_ranks(2, [str(script), str(tmp_path), json.dumps(cases)], tmp_path)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
     for kind, fit in cases.items():
         alone = analyze(quiet_model(make_model(kind)), calibration(fit, 7), cost_images=5, **QUIET)
         plan = choose(alone, Budget("blocks", 2), refine=False).plan

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,15 +12,14 @@ from hf_simprune.models import SimPruneDinov2Model
 from hf_simprune.rba.converter import convert
 from hf_simprune.rba.plan import CompressionPlan, Half, Span
 
+from ..elsewhere import run
 from ..tiny_run import write_images
-from .tiny_compression import DEPTH, IMAGE_SIZE, dinov2, environment, save_checkpoint
+from .tiny_compression import DEPTH, IMAGE_SIZE, dinov2, save_checkpoint
 
 
 SPEED = ["--batch_size", "16", "--max_span", "2", "--cost_images", "8", "--disable_tqdm"]
 ALONE = """
-import sys
-sys.modules["hf_simprune"] = None
-import torch
+import sys, torch
 from transformers import AutoModel
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 images, expected = torch.load(sys.argv[2])
@@ -58,9 +55,7 @@ def test_maps_and_halves_are_measured_chosen_saved_and_load_without_the_package(
     pixels = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     with torch.no_grad():
         torch.save((pixels, model(pixels).last_hidden_state), tmp_path / "expected.pt")
-    environ = environment() | {"PYTHONPATH": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    words = [sys.executable, "-c", ALONE, str(tmp_path / "small"), str(tmp_path / "expected.pt")]
-    found = subprocess.run(words, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    found = run(["-c", ALONE, str(tmp_path / "small"), str(tmp_path / "expected.pt")], tmp_path)
     assert found.stdout.split() == ["SimPruneDinov2Model", "True", str(DEPTH + 1)], found.stderr
 
     # what is a map already may go, and then the network is a stock one again

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 
 import pytest
 import torch
@@ -26,8 +25,9 @@ from hf_simprune.rba.output import building, check_output_dir
 from hf_simprune.rba.plan import CompressionPlan, Half, Span
 from hf_simprune.rba.report import RedundancyReport
 
+from ..elsewhere import run_ranks
 from ..tiny_run import write_images
-from .tiny_compression import CLI, DEPTH, clip, environment, save_checkpoint, snapshot
+from .tiny_compression import CLI, DEPTH, clip, save_checkpoint, snapshot
 
 
 IMAGES = 60
@@ -360,14 +360,10 @@ class TestNothingHalfWritten:
 
 def test_a_process_of_its_own_on_two_ranks(images, checkpoint, tmp_path):
     """The main process alone writes, and the plan is that of one process."""
-    launch = [*CLI[:1], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *CLI[2:]]
     words = ["compress", checkpoint, "--dataset", images, "--remove-blocks", "2", *SPEED]
-    found = subprocess.run(
-        [*launch, *words, "--output", str(tmp_path / "two")],
-        env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr
-    assert len(re.findall("^plan: ", found.stdout, re.MULTILINE)) == 1
+    ranks = run_ranks(2, [*CLI[1:], *words, "--output", str(tmp_path / "two")], tmp_path)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
+    assert [len(re.findall("^plan: ", rank.stdout, re.MULTILINE)) for rank in ranks] == [1, 0]
     assert main([*words, "--output", str(tmp_path / "one")]) == 0
     one, two = (json.loads((tmp_path / name / "compression.json").read_text()) for name in ("one", "two"))
     assert one["plan"] == two["plan"]

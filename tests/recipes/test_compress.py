@@ -7,6 +7,7 @@ import sys
 import pytest
 import yaml
 
+from ..elsewhere import run
 from ..rba.tiny_compression import environment, save_checkpoint
 from ..tiny_run import ROOT, write_images
 
@@ -15,7 +16,6 @@ RECIPE = ROOT / "recipes" / "compress.py"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--mixed_precision", "no"]
 STOCK = """
 import sys
-sys.modules["hf_simprune"] = None
 from transformers import pipeline
 classify = pipeline("image-classification", model=sys.argv[1], device="cpu", trust_remote_code=sys.argv[3] == "code")
 print(type(classify.model).__name__, len(classify(sys.argv[2])))
@@ -36,12 +36,12 @@ def finished(tmp_path_factory):
     }
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
     config = ["--config", str(folder / "settings.yaml")]
-    for command in (
-        [*LAUNCH, str(RECIPE), *config],
-        [sys.executable, str(RECIPE), *config, "--map", "linear", "--output-dir", str(folder / "linear")],
-    ):
-        found = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-        assert found.returncode == 0, found.stderr
+    launched = [*LAUNCH, str(RECIPE), *config]
+    found = subprocess.run(launched, env=environment(), capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    typed = [str(RECIPE), *config, "--map", "linear", "--output-dir", str(folder / "linear")]
+    found = run(typed, folder, package=True)
+    assert found.returncode == 0, found.stderr
     return folder
 
 
@@ -61,10 +61,7 @@ def test_the_result_classifies_where_this_package_is_not(finished, name, loads, 
 
     Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
     words = [str(finished / name), str(tmp_path / "red.png"), "code" if name == "linear" else "stock"]
-    environ = environment() | {"PYTHONPATH": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    found = subprocess.run(
-        [sys.executable, "-c", STOCK, *words], env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    found = run(["-c", STOCK, *words], tmp_path)
     assert found.stdout.split() == [loads, "4"], found.stderr
 
 

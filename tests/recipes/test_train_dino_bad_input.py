@@ -2,9 +2,7 @@
 
 import importlib.util
 import io
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+
+from ..elsewhere import run
 
 
 ROOT = Path(__file__).parents[2]
@@ -181,10 +181,9 @@ def test_resuming_with_another_number_of_steps(refused, images, finished_run):
     assert "--allow_schedule_change" in message
 
 
-def run_recipe(*words: str, **environment: str) -> subprocess.CompletedProcess:
+def run_recipe(*words: str, folder: Path, fresh: bool = False, **environment: str) -> subprocess.CompletedProcess:
     """The recipe as a user runs it, in a process of its own."""
-    kept = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run([sys.executable, str(RECIPE), *words], env=kept, capture_output=True, text=True, timeout=120)
+    return run([str(RECIPE), *words], folder, package=True, fresh=fresh, CUDA_VISIBLE_DEVICES="", **environment)
 
 
 def error_line(result: subprocess.CompletedProcess) -> str:
@@ -196,29 +195,31 @@ def error_line(result: subprocess.CompletedProcess) -> str:
 
 
 def test_process_exits_with_2_and_one_line_for_a_bad_option(tmp_path):
-    result = run_recipe("--output_dir", str(tmp_path / "run"), "--dataset_name_or_path", "x", "--keep_rate", "2")
+    words = ["--output_dir", str(tmp_path / "run"), "--dataset_name_or_path", "x", "--keep_rate", "2"]
+    result = run_recipe(*words, folder=tmp_path, fresh=True)
     assert error_line(result) == "error: --keep_rate 2.0: must be above 0 and at most 1"
     assert not (tmp_path / "run").exists()
 
 
 def test_process_exits_with_2_and_one_line_for_a_missing_data_set(tmp_path):
     missing = str(tmp_path / "nothing-here.parquet")
-    result = run_recipe("--output_dir", str(tmp_path / "run"), "--dataset_name_or_path", missing, *TINY)
+    words = ["--output_dir", str(tmp_path / "run"), "--dataset_name_or_path", missing, *TINY]
+    result = run_recipe(*words, folder=tmp_path)
     assert missing in error_line(result)
     assert not (tmp_path / "run").exists()
 
 
 def test_process_refuses_fp16_on_the_cpu(images, tmp_path):
     words = ("--output_dir", str(tmp_path / "run"), "--dataset_name_or_path", images, *TINY, "--fp16")
-    assert "--fp16: there is no fp16 training on the CPU" in error_line(run_recipe(*words, ACCELERATE_USE_CPU="true"))
+    assert "--fp16: there is no fp16 training on the CPU" in error_line(run_recipe(*words, folder=tmp_path))
 
 
 def test_process_refuses_a_precision_that_contradicts_accelerate(images, tmp_path):
     words = ("--output_dir", str(tmp_path / "run"), "--dataset_name_or_path", images, *TINY, "--bf16")
-    result = run_recipe(*words, ACCELERATE_MIXED_PRECISION="fp16", ACCELERATE_USE_CPU="true")
+    result = run_recipe(*words, folder=tmp_path, ACCELERATE_MIXED_PRECISION="fp16")
     assert "--bf16 contradicts accelerate's mixed precision fp16" in error_line(result)
 
 
-def test_only_one_process_of_a_machine_speaks():
-    result = run_recipe("--keprate", "1", LOCAL_RANK="1")
+def test_only_one_process_of_a_machine_speaks(tmp_path):
+    result = run_recipe("--keprate", "1", folder=tmp_path, fresh=True, LOCAL_RANK="1")
     assert (result.returncode, result.stderr) == (2, "")
