@@ -3,7 +3,7 @@
 # make test-faults  kill, starve and mislead runs in every way we know, and count the trials
 # make test-browser  open the page of `hf-simprune explore` in a headless browser (npm fetches it)
 # make quality      ruff check, format check and types
-# make types        mypy: the public functions, the command line and most of the package
+# make types        mypy, over the whole package
 # make style        let ruff mend what it can
 # make families     write anew what the DeiT and DINOv2 model files share with the ViT ones
 

@@ -103,7 +103,9 @@ def clear_leftovers(folder: Path, ours: Callable[[str], bool] = bool) -> list[st
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     found = [folder / name for name in sorted(names) if ours(original_name(name) or "")]
     for path in found:
-        final = path.with_name(original_name(path.name))
+        name = original_name(path.name)
+        assert name is not None
+        final = path.with_name(name)
         if standing(final) == path:
             os.rename(path, final)
         elif path.is_dir() and not path.is_symlink():

@@ -140,7 +140,7 @@ def plot_pruned_tokens(
         handles.append(Patch(facecolor="0.8", edgecolor=_OUTLINE, label="merged: mean colour of the outlined group"))
     if not merges or any(grid.any() for view in views for grid in view.stage_dropped):
         handles += [
-            Patch(facecolor=_veil(np.array(to_rgb(color))), edgecolor=color, label=f"dropped at {name}")
+            Patch(facecolor=to_rgb(tuple(_veil(np.array(to_rgb(color))))), edgecolor=color, label=f"dropped at {name}")
             for color, name in zip(colors, stages)
         ]
     _add_legend(figure, handles)

@@ -2,6 +2,7 @@
 """The picture of an analysis: block redundancy and measured cost of every span, and what a plan removes."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def plot_redundancy(report: RedundancyReport, png: str | Path, plan: Compression
     _heat_map(
         axes[0], redundancy, log_norm([redundancy]), f"Block redundancy\nmean squared change of the {tokens} (-BR)"
     )
-    costs = {kind: span_matrix(report, lambda span, kind=kind: span.costs.get(kind, np.nan)) for kind in kinds}
+    costs = {kind: span_matrix(report, partial(_cost, kind)) for kind in kinds}
     shared = log_norm(list(costs.values()))
     for axis, (kind, matrix) in zip(axes[1:], costs.items()):
         _heat_map(axis, matrix, shared, f"Measured cost, {kind} map\n{report.cost_name}")
@@ -70,6 +71,10 @@ def plot_redundancy(report: RedundancyReport, png: str | Path, plan: Compression
         )
     figure.suptitle(f"{Path(report.model).name}: {report.depth} blocks; bright: redundant", fontsize=12)
     figure.savefig(png)
+
+
+def _cost(kind: str, span: SpanRecord) -> float:
+    return span.costs.get(kind, np.nan)
 
 
 def span_matrix(report: RedundancyReport, value: Callable[[SpanRecord], float]) -> np.ndarray:
@@ -147,9 +152,9 @@ def _halves(axis: Axes, report: RedundancyReport, plan: CompressionPlan | None) 
     _count_blocks(axis.xaxis, report.depth)
     axis.spines[:].set_visible(False)
     _write_numbers(axis, matrix, norm, size=8 if report.depth <= 24 else 5)
-    for half in plan.halves if plan is not None else ():
-        if (half.half, half.map) in rows:
-            _frame(axis, rows.index((half.half, half.map)), half.block)
+    for removed in plan.halves if plan is not None else ():
+        if (removed.half, removed.map) in rows:
+            _frame(axis, rows.index((removed.half, removed.map)), removed.block)
 
 
 def _frame_spans(axes: list[Axes], kinds: tuple[str, ...], plan: CompressionPlan) -> None:

@@ -52,7 +52,7 @@ class Piece(NamedTuple):
     """
 
     shard: int
-    index: int
+    index: int  # type: ignore[assignment]
     offset: int
     deal: int
 

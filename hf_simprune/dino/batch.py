@@ -69,7 +69,8 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         names = ("global_crops", "local_crops", "masks", "draws")
         tensors = {name: tensor for name in names if (tensor := vars(self)[name]) is not None}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
+        return replace(self, **changed)
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> Batch:

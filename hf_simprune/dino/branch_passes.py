@@ -6,7 +6,7 @@ CLS alone, (R, 1, D), or of all tokens left where `whole` asks for them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ class PairStage(NamedTuple):
 
 def grid_of(net: Backbone, crops: Tensor) -> tuple[int, int]:
     """(rows, columns) of the patches of crops (R, C, H, W)."""
-    return crops.shape[-2] // net.config.patch_size, crops.shape[-1] // net.config.patch_size
+    side: Any = net.config.patch_size  # declared as a number or two, and in these families a number
+    return crops.shape[-2] // side, crops.shape[-1] // side
 
 
 def walk_alone(
@@ -61,7 +62,7 @@ def walk_alone(
     bias = walk.key_bias(tokens)
     if last in reducer.layers and reducer.site == "attention":
         step = ReductionStep(walk, reducer.layers.index(last))
-        return last_layer(tokens, bias, reduction=step)[:, :1], [*walk.maps, step.map]
+        return last_layer(tokens, bias, reduction=step)[:, :1], [*walk.maps, step.found]
     return last_layer(last_layer(tokens, bias, half="attention", num_queries=1), half="mlp"), walk.maps
 
 
@@ -84,6 +85,7 @@ def walk_in_lockstep(
                 attended_teacher = after_attention(teacher_layer, teacher, index == last)
             attended_student = after_attention(student_layer, student, index == last)
             seen = attended_teacher[:, prefix:]
+            assert select is not None  # as wherever there are stages
             keep = select(attended_student[:, prefix:].detach(), seen, len(stages))
             stages.append(PairStage(Kept(keep.student, seen.shape[1]), Kept(keep.teacher, seen.shape[1]), seen))
             if index != last:
@@ -109,6 +111,7 @@ def walk_local(
     for index, layer in enumerate(net.layers):
         if index in layers:
             attended = after_attention(layer, tokens, index == last)
+            assert select is not None
             keep = select(attended[:, prefix:].detach(), len(kept))
             kept.append(Kept(keep.indices, attended.shape[1] - prefix))
             if index != last:

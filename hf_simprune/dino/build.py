@@ -4,6 +4,7 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -38,7 +39,7 @@ from .schedules import DinoSchedules
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_MODELS = {
+_MODELS: dict[str, type[SimPruneViTModel] | type[SimPruneDeiTModel] | type[SimPruneDinov2Model]] = {
     "deit": SimPruneDeiTModel,
     "dinov2": SimPruneDinov2Model,
     SimPruneDeiTConfig.model_type: SimPruneDeiTModel,
@@ -50,8 +51,8 @@ _MODELS = {
 class Normalisation:
     """Mean and standard deviation of each channel, in 0..1; `source` says in words where they come from."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     source: str
 
 
@@ -78,7 +79,7 @@ def normalisation(args: DinoArguments) -> Normalisation:
         raise InputError(
             f"{where}: image_mean {mean} and image_std {std} must be three numbers each, the latter above 0"
         )
-    return Normalisation(mean, std, f"that of {name}")
+    return Normalisation((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), f"that of {name}")
 
 
 def image_processor(settings: ResolvedSettings, norm: Normalisation) -> BaseImageProcessor:
@@ -87,14 +88,17 @@ def image_processor(settings: ResolvedSettings, norm: Normalisation) -> BaseImag
 
 
 def augmentation(args: DinoArguments, settings: ResolvedSettings, norm: Normalisation) -> AugmentationConfig:
+    least, most = args.global_crops_scale
+    local_least, local_most = args.local_crops_scale
+    brightness, contrast, saturation, hue = args.color_jitter
     return AugmentationConfig(
         global_crop_size=settings.global_crop_size,
         local_crop_size=settings.local_crop_size,
-        global_crops_scale=tuple(args.global_crops_scale),
-        local_crops_scale=tuple(args.local_crops_scale),
+        global_crops_scale=(least, most),
+        local_crops_scale=(local_least, local_most),
         local_crops_number=args.local_crops_number,
         hflip_prob=args.hflip_prob,
-        color_jitter=tuple(args.color_jitter),
+        color_jitter=(brightness, contrast, saturation, hue),
         color_jitter_prob=args.color_jitter_prob,
         grayscale_prob=args.grayscale_prob,
         blur_prob=settings.blur_prob,
@@ -135,6 +139,7 @@ def build_dual_branch(args: DinoArguments, settings: ResolvedSettings, attention
     setting = settings.geometry.setting
     reducer = None if setting is None else chosen_reducer(args, setting)
     if args.objective == "dinov2":
+        assert isinstance(student, Dinov2Branch) and isinstance(teacher, Dinov2Branch)
         return Dinov2DualBranch(student, teacher, reducer, args.masked_policy)
     return DualBranch(student, teacher, reducer)
 
@@ -201,7 +206,7 @@ def _backbone(args: DinoArguments, settings: ResolvedSettings, drop_path_rate: f
             drop_path_rate,
             **parse_config_overrides(args.config_overrides),
         )
-    hub = {"revision": args.model_revision, "token": args.token}
+    hub: dict[str, Any] = {"revision": args.model_revision, "token": args.token}
     model_class = _MODELS.get(_model_type(args, hub), SimPruneViTModel)
     with reading(f"--model_name_or_path {args.model_name_or_path}"):
         model = model_class.from_pretrained(
@@ -220,4 +225,5 @@ def _backbone(args: DinoArguments, settings: ResolvedSettings, drop_path_rate: f
 
 
 def _model_type(args: DinoArguments, hub: dict[str, str | None]) -> str:
+    assert args.model_name_or_path is not None
     return AutoConfig.from_pretrained(args.model_name_or_path, **hub).model_type

@@ -85,7 +85,7 @@ def check_files(checkpoint: Path) -> None:
     if damage is None:
         return
     step = _step(checkpoint)
-    earlier = [path for path in list_checkpoints(checkpoint.parent) if step is None or _step(path) < step]
+    earlier = [path for path in list_checkpoints(checkpoint.parent) if step is None or _number(path) < step]
     intact = next((path for path in reversed(earlier) if _damage(path) is None), None)
     offer = "no earlier checkpoint is intact: put back a copy of that file if there is one, or train in another folder"
     if intact is not None:
@@ -100,8 +100,8 @@ def set_aside_later(output_dir: Path, step: int) -> list[Path]:
     """
     moved = []
     for path in list_checkpoints(output_dir):
-        if _step(path) > step:
-            target = output_dir / f"abandoned-checkpoint-{_step(path)}"
+        if _number(path) > step:
+            target = output_dir / f"abandoned-checkpoint-{_number(path)}"
             shutil.rmtree(target, ignore_errors=True)
             moved.append(path.rename(target))
     return moved
@@ -241,6 +241,13 @@ def load_optimizer_tensors(engine: DinoEngine, tensors: dict[str, Tensor]) -> No
 def _step(checkpoint: Path) -> int | None:
     match = _NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else None
+
+
+def _number(listed: Path) -> int:
+    """The step of one of `list_checkpoints`."""
+    step = _step(listed)
+    assert step is not None
+    return step
 
 
 def _damage(checkpoint: Path) -> str | None:

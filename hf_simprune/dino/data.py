@@ -24,6 +24,8 @@ CACHE_LIMIT_BYTES = 256 * 2**20
 MAX_BAD_IN_A_ROW = 100
 MAX_LISTED = 20
 
+OnBadImage = Literal["skip", "error"]
+
 
 class BadImageError(TrainingError):
     """An image that cannot be read, where that stops the run. One line, also after a DataLoader worker raised it."""
@@ -123,7 +125,7 @@ class MultiCropDataset(torch.utils.data.Dataset):
         image_column: str,
         cfg: AugmentationConfig,
         seed: int,
-        on_bad_image: Literal["skip", "error"] = "skip",
+        on_bad_image: OnBadImage = "skip",
         cache: PixelCache | None = None,
     ):
         self.rows = image_rows(dataset, image_column)
@@ -161,18 +163,18 @@ class MultiCropDataset(torch.utils.data.Dataset):
         return pixels
 
 
-def bad_image_error(index: int, cause: Exception) -> BadImageError:
+def bad_image_error(index: int | str, cause: Exception) -> BadImageError:
     """What `--on_bad_image error` raises."""
     reason = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(cause).partition("\n")[0])
     return BadImageError(f"image {index} cannot be read: {reason} (--on_bad_image skip goes on without such images)")
 
 
-def too_many_bad_images(index: int) -> BadImageError:
+def too_many_bad_images(index: int | str) -> BadImageError:
     """What ends a run in which nothing readable follows."""
     return BadImageError(f"{MAX_BAD_IN_A_ROW} images in a row cannot be read, beginning with image {index}")
 
 
-def listed_images(indices: Collection[int]) -> str:
+def listed_images(indices: Collection[int | str]) -> str:
     """How many there are and the numbers of the first of them, in words."""
     numbers = sorted(indices)
     shown = ", ".join(map(str, numbers[:MAX_LISTED]))

@@ -5,7 +5,8 @@ Cross-branch matching needs the tokens of both branches at the same depth, so bo
 teacher (without gradients), student, match, gather both, go on. A single-branch method walks each of them alone.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,14 @@ class Branch(nn.Module):
         self.backbone = backbone
         self.head = head
         self.reduction = reduction
+
+
+def kept_indices(maps: Any) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
+    """What `DualOutput.kept` says, from its `maps`, which must be of kept tokens."""
+    return tuple(
+        (student.indices, teacher.indices, student.indices.new_empty(0) if local is None else local.indices)
+        for student, teacher, local in maps
+    )
 
 
 class DualOutput(NamedTuple):
@@ -45,10 +54,7 @@ class DualOutput(NamedTuple):
     def kept(self) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
         """The kept patch indices (rows, count) in place of every map, of a method that drops tokens and no more;
         empty without local crops."""
-        return tuple(
-            (student.indices, teacher.indices, student.indices.new_empty(0) if local is None else local.indices)
-            for student, teacher, local in self.maps
-        )
+        return kept_indices(self.maps)
 
 
 class Passes(NamedTuple):
@@ -129,18 +135,21 @@ class DualBranch(nn.Module):
         with torch.no_grad():
             teacher, teacher_maps = self._alone(self.teacher, global_crops)
         student, student_maps = self._alone(self.student, global_crops)
-        local, local_maps = None, [None] * len(student_maps)
+        local: Tensor | None = None
+        local_maps: Sequence[TokenMap | None] = [None] * len(student_maps)
         if local_crops is not None:
             local, local_maps = self._alone(self.student, local_crops)
         return Passes(student, teacher, local, tuple(zip(student_maps, teacher_maps, local_maps, strict=True)))
 
     def _alone(self, branch: Branch, crops: Tensor) -> tuple[Tensor, list[TokenMap]]:
         net = branch.backbone
+        assert isinstance(self.reducer, BranchReducer)
         return walk_alone(net, net.embed(crops), grid_of(net, crops), self.reducer, branch.reduction)
 
     def _in_lockstep(self, global_crops: Tensor, local_crops: Tensor | None, progress: Tensor) -> Passes:
         student_net, teacher_net = self.student.backbone, self.teacher.backbone
-        reducer, learned = self.reducer, self.student.reduction
+        reducer: Any = self.reducer  # a `PairReducer`, if any
+        learned = self.student.reduction
         layers = () if reducer is None else reducer.layers
         student, teacher, stages = walk_in_lockstep(
             student_net,
@@ -156,11 +165,12 @@ class DualBranch(nn.Module):
 
     def _behind(
         self, stages: list[PairStage], local_crops: Tensor | None, progress: Tensor
-    ) -> tuple[Tensor | None, list[TokenMap | None]]:
+    ) -> tuple[Tensor | None, Sequence[TokenMap | None]]:
         """The student's local crops after a pass in lockstep: CLS, and what every stage did."""
         if local_crops is None:
             return None, [None] * len(stages)
-        net, reducer, learned = self.student.backbone, self.reducer, self.student.reduction
+        net, learned = self.student.backbone, self.student.reduction
+        reducer: Any = self.reducer  # a `PairReducer`, if any
         return walk_local(
             net,
             net.embed(local_crops),

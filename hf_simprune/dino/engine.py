@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -103,7 +104,8 @@ class DinoEngine:
     @property
     def out_dim(self) -> int:
         """Prototypes of the head on CLS."""
-        return self.dual.student.head.last_layer.out_features
+        head: Any = self.dual.student.head  # a `DinoHead`
+        return head.last_layer.out_features
 
     @property
     def center(self) -> Tensor:
@@ -132,7 +134,8 @@ class DinoEngine:
 
     def before_step(self, step: int, steps_per_epoch: int | None, micro_batches: Sequence[Views]) -> None:
         """Let the token reduction measure what it needs now and then; in every process, before each `step`."""
-        reducer, dual = self.dual.reducer, self.dual
+        reducer = self.dual.reducer
+        dual: Any = self.dual
         if reducer is None or type(reducer).before_step is TokenReducer.before_step:
             return
         if self.sharded:  # a method may pass through the teacher by itself, block by block

@@ -4,14 +4,14 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import BaseImageProcessor, DeiTModel, Dinov2Model, ViTModel
+from transformers import BaseImageProcessor, DeiTModel, Dinov2Model, PreTrainedConfig, ViTModel
 
 from ..atomic import PARTIAL, flush, flush_tree, new_folder, write_text
 from ..models import (
@@ -31,7 +31,7 @@ from .dual_branch import DualBranch
 TRAINING = "training"
 INITIAL = "initial"
 RESULT = "result"  # with `PARTIAL` before it, where the result is made
-_FAMILIES = {
+_FAMILIES: dict[str, tuple[type[PreTrainedConfig], Callable[..., Backbone]]] = {
     SimPruneViTConfig.model_type: (SimPruneViTConfig, SimPruneViTModel),
     SimPruneDeiTConfig.model_type: (SimPruneDeiTConfig, SimPruneDeiTModel),
     SimPruneDinov2Config.model_type: (SimPruneDinov2Config, SimPruneDinov2Model),
@@ -80,8 +80,9 @@ def export_model(output_dir: Path, model: DualBranch, processor: BaseImageProces
     model.student.backbone.save_pretrained(training / "student")
     for name, branch in (("teacher", model.teacher), ("student", model.student)):
         save_file(_on_cpu(branch.head.state_dict()), training / f"{name}_head.safetensors")
-        if getattr(branch, "patch_head", None) is not None:
-            save_file(_on_cpu(branch.patch_head.state_dict()), training / f"{name}_patch_head.safetensors")
+        patch_head = getattr(branch, "patch_head", None)
+        if patch_head is not None:
+            save_file(_on_cpu(patch_head.state_dict()), training / f"{name}_patch_head.safetensors")
 
 
 def load_teacher_backbone(output_dir: Path) -> Backbone:

@@ -14,7 +14,7 @@ from ..errors import InputError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"  # stays where it is: who removes a lock file lets a second run in
 _PATIENCE = 0.5  # seconds

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes that follow from the options and the network: crops, patches, depth, and the tokens each stage keeps."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -106,7 +107,7 @@ def geometry(args: DinoArguments) -> Geometry:
 def _reduction_setting(args: DinoArguments, network: Network, crops: list[Crops]) -> "ReductionSetting":
     from ..reduction import ReductionSetting, default_reduction_layers, validate_reduction_layers
 
-    layers = args.reduction_layers
+    layers: Sequence[int] | None = args.reduction_layers
     if layers is None or args.token_reduction == "none":
         layers = default_reduction_layers(network.depth)
     return ReductionSetting(
@@ -195,6 +196,7 @@ def _checkpoint(args: DinoArguments) -> Network:
     from ..models.untrusted import check_config, reading
 
     name = args.model_name_or_path
+    assert name is not None
     with reading(f"--model_name_or_path {name}: no model there"):
         check_config(name, revision=args.model_revision, token=args.token)
         config = AutoConfig.from_pretrained(

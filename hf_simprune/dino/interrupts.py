@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 
 # Launchers pass on the Ctrl-C that a terminal has already sent to all of their processes.
@@ -20,7 +21,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
         self._since = 0.0
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interrupts":
         for number in self.SIGNALS:

@@ -2,11 +2,11 @@
 """The DINO loss and its centre (https://huggingface.co/papers/2104.14294), as pure functions of tensors."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 class TeacherTargets(NamedTuple):
@@ -48,7 +48,7 @@ class _CrossEntropyOfPairs(torch.autograd.Function):
     """View by view: with many prototypes, passes over the logits of all views at once are bound by memory."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
         views, batch, _ = logits.shape
         normaliser = logits.new_empty(views, batch)
         total = logits.new_zeros(())
@@ -63,7 +63,7 @@ class _CrossEntropyOfPairs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, target_sum, normaliser = ctx.saved_tensors
         scale = gradient / (_count_of_pairs(logits, targets) * ctx.temperature)
         to_logits = torch.empty_like(logits)

@@ -2,7 +2,7 @@
 """Work for the main process alone, whose failure every process learns of."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -23,7 +23,8 @@ def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     if accelerator.num_processes == 1:
         return action()
     accelerator.wait_for_everyone()
-    outcome, error = [None, None, None], None
+    outcome: list[Any] = [None, None, None]
+    error: Exception | None = None
     if accelerator.is_main_process:
         try:
             outcome[0] = action()

@@ -71,8 +71,11 @@ class Objective(ABC):
         """Forget what an earlier step, finished or not, has summed up."""
 
     @abstractmethod
-    def loss(self, output: DualOutput, values: StepValues) -> PassLoss:
-        """The loss of one micro-batch. Changes no state, but sums up what `end` needs."""
+    def loss(self, output: Any, values: StepValues) -> PassLoss:
+        """The loss of one micro-batch. Changes no state, but sums up what `end` needs.
+
+        output: a `DualOutput`, or what the objective's own kind of model gives in its place.
+        """
 
     @abstractmethod
     def end(self, accelerator: Accelerator) -> None:

@@ -5,9 +5,11 @@ With 65,536 prototypes the normalised copy of the weight, its gradient and the t
 time than the matrix products of a small batch. Scaling the logits instead is the same function.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -16,7 +18,7 @@ _FEW_ROWS = 256
 
 class _ScaledLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, inputs: Tensor, directions: Tensor, lengths: Tensor) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, directions: Tensor, lengths: Tensor) -> Tensor:
         norms = torch.linalg.vector_norm(directions, dim=1)
         product = _product(inputs, directions)
         scale = lengths.squeeze(1) / norms
@@ -27,7 +29,7 @@ class _ScaledLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         inputs, directions, lengths, norms, logits = ctx.saved_tensors
         dtype = ctx.compute_dtype
         scaled = (gradient * (lengths.squeeze(1) / norms)).to(dtype)

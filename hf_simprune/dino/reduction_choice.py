@@ -139,6 +139,7 @@ def keep_rate_counts(args: DinoArguments, setting: "ReductionSetting") -> bool:
 
     def counts(keep_rate: float) -> list[list[int]]:
         reducer = chosen_reducer(replace(args, keep_rate=keep_rate), setting)
+        assert reducer is not None
         return [reducer.counts(grid) for grid in setting.grids]
 
     try:
@@ -155,6 +156,7 @@ def _too_few(
     def enough(crop: Crops, keep_rate: float) -> bool:
         try:
             reducer = chosen_reducer(replace(args, keep_rate=keep_rate), replace(setting, grids=(crop.grid,)))
+            assert reducer is not None
             return reducer.counts(crop.grid)[-1] >= MIN_KEPT_PATCHES
         except InputError:
             return False

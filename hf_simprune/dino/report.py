@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..hub.eval_results import benchmark_entry, evaluated_images, write_benchmark_entries
-from ..hub.facts import Licence, hardware, is_hub_id, launch_command, licence_of, versions
+from ..hub.facts import Licence, hardware, is_hub_id, launch_words, licence_of, shown_command, versions
 from ..hub.model_card import KNNRow, TrainingCard, knn_results, render_model_card
 from ..pictures import PrunedView, plot_loss_curve, plot_pruned_tokens
 from ..reduction.methods import METHODS
@@ -107,7 +107,7 @@ def write_card(
     accuracies = [record for record in records if "knn_accuracy" in record]
     losses = [record for record in records if "loss" in record]
     sizes = settings.geometry
-    run = {"steps": settings.total_steps, "images seen": seen, "global batch": settings.global_batch}
+    run: dict[str, Any] = {"steps": settings.total_steps, "images seen": seen, "global batch": settings.global_batch}
     run |= about
     run |= {"peak learning rate": f"{settings.learning_rate:.4g}", "prototypes": settings.out_dim}
     run |= {"teacher temperature": settings.teacher_temp, "teacher momentum": settings.momentum_teacher}
@@ -121,8 +121,8 @@ def write_card(
         first, last = accuracies[0], accuracies[-1]
         for key, name in (("knn_accuracy", "CLS"), ("knn_accuracy_patch_mean", "patch mean")):
             if first["step"] == 0:
-                start = "random network" if args.model_name_or_path is None else "starting checkpoint"
-                rows.append(KNNRow(features=f"{start}, {name}", all_labels=first[key]))
+                untrained = "random network" if args.model_name_or_path is None else "starting checkpoint"
+                rows.append(KNNRow(features=f"{untrained}, {name}", all_labels=first[key]))
             if last["step"] > 0:
                 rows.append(KNNRow(features=f"trained network, {name}", all_labels=last[key], trained=True))
     reduces = args.token_reduction != "none"
@@ -140,13 +140,13 @@ def write_card(
         dataset_id=args.dataset_name_or_path if is_hub_id(args.dataset_name_or_path) else args.dataset_id,
         base_model=start if is_hub_id(start) else args.base_model_id,
         licence=licence,
-        command=command(sys.argv, about),
+        command=command(sys.argv, args, about),
         seed=args.seed,
         hardware=hardware(),
         versions=versions(),
         token_reduction=args.token_reduction if reduces else None,
         merges=reduces and METHODS[args.token_reduction].merges,
-        keep_rate=args.keep_rate if reduces and keep_rate_counts(args, sizes.setting) else None,
+        keep_rate=args.keep_rate if reduces and sizes.setting and keep_rate_counts(args, sizes.setting) else None,
         run=run,
         config={key: value for key, value in asdict(args).items() if key not in _NOT_SHOWN and value is not None},
         evaluated_on=evaluated_on,
@@ -185,14 +185,14 @@ def limits(args: DinoArguments, seen: int, classified: bool, licence: Licence | 
     return lines
 
 
-def command(argv: list[str], about: dict[str, object]) -> str:
-    """What starts the same run from its beginning."""
+def command(argv: list[str], args: DinoArguments, about: dict[str, Any]) -> str:
+    """What starts the same run from its beginning, without access tokens and folders of this machine."""
     words: list[str] = []
-    rest = iter(argv)
+    rest = iter(launch_words(argv, "train", args, about.get("processes", 1)))
     for word in rest:
         name, equals, _ = word.partition("=")
         if name.replace("-", "_") != "__resume_from_checkpoint":
             words.append(word)
         elif not equals:
             next(rest, None)
-    return launch_command(words, about.get("processes", 1))
+    return shown_command(words)

@@ -115,6 +115,7 @@ def resolve(args: DinoArguments, num_images: int | None, world_size: int) -> Res
     if args.local_crop_size is None and args.local_crops_number > 0:
         notes.append(f"local_crop_size {sizes.local_crop_size}: 96 of 224 pixels in proportion, in whole patches")
     if args.reduction_layers is None and sizes.reduction_layers:
+        assert sizes.setting is not None
         own = sizes.reduction_layers != sizes.setting.layers
         reason = "the method's own schedule" if own else f"a quarter, half and three quarters of {sizes.depth} blocks"
         notes.append(f"reduction_layers {', '.join(map(str, sizes.reduction_layers))}: {reason}")
@@ -261,6 +262,7 @@ def _temperature_warmup(args: DinoArguments, steps_per_epoch: int | None, total_
     steps = _given_steps(args, "warmup_teacher_temp_epochs", "warmup_teacher_temp_steps", steps_per_epoch, total_steps)
     if args.warmup_teacher_temp_steps is not None:
         return steps, 1
+    assert args.warmup_teacher_temp_epochs is not None and steps_per_epoch is not None
     return args.warmup_teacher_temp_epochs, steps_per_epoch
 
 
@@ -289,10 +291,12 @@ def _photometric(
     given: list[float] | None, option: str, published: tuple[float, float, float], sizes: Geometry, notes: list[str]
 ) -> tuple[float, float, float]:
     if given is not None:
-        return tuple(given)
+        first, second, local = given
+        return first, second, local
     pixels = (sizes.global_crop_size, sizes.global_crop_size, sizes.local_crop_size)
     chosen = tuple(chance if size >= SMALL_CROP else 0.0 for chance, size in zip(published, pixels, strict=True))
     if chosen != published:
         values = " ".join(f"{chance:g}" for chance in chosen)
         notes.append(f"{option} {values}: off for crops below {SMALL_CROP} px")
-    return chosen
+    first, second, local = chosen
+    return first, second, local

@@ -113,6 +113,7 @@ def _run(args: DinoArguments, lock: FolderLock) -> None:
         try:
             with saved_networks(output_dir / f"checkpoint-{step}", engine), result_folder(output_dir) as folder:
                 export_model(folder, model, processor)
+            assert repo_id is not None
             upload_run(output_dir, repo_id, f"step {step}", args.token)
         except UploadError as error:  # the Hub being away for a moment is no reason to stop training
             say(f"warning: step {step} was not published: {error}")
@@ -138,6 +139,7 @@ def _run(args: DinoArguments, lock: FolderLock) -> None:
     knn = data.online_knn(model.teacher.backbone, processor, accelerator)
 
     def evaluate(step: int, stopped: Callable[[], bool]) -> dict[str, float] | None:
+        assert knn is not None
         with engine.whole_teacher():
             return knn(step, stopped)
 

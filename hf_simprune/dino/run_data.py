@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +26,7 @@ from ..errors import InputError
 from ..evaluation.label_names import numbers_by_name
 from .arguments import DinoArguments
 from .augmentation import AugmentationConfig
-from .data import MultiCropDataset, PixelCache, decode_small_set
+from .data import MultiCropDataset, OnBadImage, PixelCache, decode_small_set
 from .online_knn import LabelledImages, OnlineKnn, drawn, hold_out
 from .streaming import StreamingMultiCropDataset
 from .views import LoaderSource, StreamSource
@@ -61,6 +62,7 @@ class RunData:
         world, rank = accelerator.num_processes, accelerator.process_index
         batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
         workers = args.dataloader_num_workers
+        on_bad_image = cast(OnBadImage, args.on_bad_image)  # validated
         if isinstance(self.train, IterableDataset):
             readers = world * max(1, workers)
             rows = ShuffledStream(
@@ -70,11 +72,11 @@ class RunData:
 
             def open_stream(places: Sequence[Place], first: int) -> StreamingMultiCropDataset:
                 return StreamingMultiCropDataset(
-                    rows, self.image_column, config, args.seed, args.on_bad_image, rank, places, first
+                    rows, self.image_column, config, args.seed, on_bad_image, rank, places, first
                 )
 
             return StreamSource(open_stream, rows.layout, config, accelerator.device, batch, accumulation, workers)
-        dataset = MultiCropDataset(self.train, self.image_column, config, args.seed, args.on_bad_image, self.cache)
+        dataset = MultiCropDataset(self.train, self.image_column, config, args.seed, on_bad_image, self.cache)
         return LoaderSource(
             dataset, len(self.train), config, accelerator.device, batch, accumulation, world, rank, args.seed, workers
         )
@@ -185,6 +187,7 @@ def _knn_images(
         raise InputError(str(error).replace("--dataset_name_or_path", "--eval_dataset_name_or_path")) from None
     test_image = find_image_column(test, args.image_column)
     test_label = find_label_column(known_features(test), args.label_column or label_column)
+    assert test_label is not None  # it is given by name
     if isinstance(test, IterableDataset):
         test = sample_rows(test, [test_image, test_label], args.max_eval_samples or DEFAULT_STREAM_BANK)
     queries = labelled_images(test, test_image, test_label)

@@ -65,6 +65,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
                 order, order_epoch = epoch_order(self.seed, epoch, self.num_examples), epoch
+            assert order is not None
             for piece in range(self.rank, pieces, self.world_size):
                 start = (step_of_epoch * pieces + piece) * size
                 yield [(epoch, index) for index in order[start : start + size].tolist()]

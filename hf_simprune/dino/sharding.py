@@ -13,7 +13,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -101,13 +101,14 @@ def shard_branches(dual: "DualBranch", sharding: Sharding, device: torch.device)
 def _prefetch(dual: "DualBranch") -> None:
     """Say what is gathered ahead in the backward pass: the student's block below. By itself FSDP takes what ran
     before, which may be the teacher's block, and keeps that to the end."""
-    layers = list(dual.student.backbone.layers)
-    heads = [module for module in dual.student.modules() if isinstance(module, DinoHead)]
+    layers: list[Any] = list(dual.student.backbone.layers)  # with FSDP's own methods, as all below
+    heads: list[Any] = [module for module in dual.student.modules() if isinstance(module, DinoHead)]
     for layer, below in zip(layers, [dual, *layers[:-1]], strict=True):  # those of `dual` are there all the time
         layer.set_modules_to_backward_prefetch([below])
     for head in heads:
         head.set_modules_to_backward_prefetch([layers[-1]])
-    dual.set_modules_to_backward_prefetch(heads[-1:])
+    whole: Any = dual
+    whole.set_modules_to_backward_prefetch(heads[-1:])
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -136,7 +137,8 @@ def full_tensors(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not isinstance(tensor, DTensor):
             found[name] = tensor
         else:
-            gathered = tensor.detach().full_tensor()
+            dealt: Any = tensor.detach()  # still a `DTensor`
+            gathered = dealt.full_tensor()
             if main:
                 found[name] = gathered.cpu()
     return found

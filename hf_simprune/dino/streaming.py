@@ -3,7 +3,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,7 +13,7 @@ from ..data.streams import START, Place, ShuffledStream, StreamedRow
 from .augmentation import AugmentationConfig
 from .batch import Batch, collate
 from .crops import make_views
-from .data import MAX_BAD_IN_A_ROW, bad_image_error, too_many_bad_images
+from .data import MAX_BAD_IN_A_ROW, OnBadImage, bad_image_error, too_many_bad_images
 
 
 def content_key(encoded: bytes) -> int:
@@ -59,7 +59,7 @@ class StreamingMultiCropDataset(torch.utils.data.IterableDataset):
         image_column: str,
         cfg: AugmentationConfig,
         seed: int,
-        on_bad_image: Literal["skip", "error"] = "skip",
+        on_bad_image: OnBadImage = "skip",
         rank: int = 0,
         places: Sequence[Place] = (START,),
         first: int = 0,

@@ -3,7 +3,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -207,7 +207,7 @@ class DinoTrainer:
             result, views = self._step(fetched.micro_batches, values)
             self.batches_seen += 1
             self.source_state = self.source.state_dict()
-            self._note_bad_images(views, log)
+            self._note_bad_images((index for each in views for index in each.bad_indices), log)
             saved = False
             if result.skipped:
                 self._count_skipped(log)
@@ -384,18 +384,17 @@ class DinoTrainer:
         log.write({"step": self.step, **self._epoch(), **measured, **window, "bad_images": len(self.bad_indices)})
         self.window = Window()
 
-    def _note_bad_images(self, micro_batches: Sequence[Views], log: RunLog) -> None:
-        for views in micro_batches:
-            for index in views.bad_indices:
-                if index not in self.bad_indices:
-                    self.bad_indices.add(index)
-                    log.say(f"warning: image {index} cannot be read; the next readable one takes its place")
+    def _note_bad_images(self, indices: Iterable[int | str], log: RunLog) -> None:
+        for index in indices:
+            if index not in self.bad_indices:
+                self.bad_indices.add(index)
+                log.say(f"warning: image {index} cannot be read; the next readable one takes its place")
 
     def _share_bad_images(self, log: RunLog) -> None:
         """Learn of the unreadable images that other processes met; every process logs at the same steps."""
         if self.accelerator.num_processes > 1:
             everywhere = gather_object(sorted(self.bad_indices))
-            self._note_bad_images([Views(None, None, tuple(everywhere))], log)
+            self._note_bad_images(everywhere, log)
 
     def _count_skipped(self, log: RunLog) -> None:
         self.skipped_in_a_row += 1

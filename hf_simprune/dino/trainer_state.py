@@ -4,12 +4,12 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from .window import Window
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: Any) -> TypeGuard[int]:
     """Whether it is a whole number from 0 on; bool is no number here."""
     return type(value) is int and 0 <= value < 1 << 62
 
@@ -27,7 +27,7 @@ def is_place(value: Any) -> bool:
         return False
     lanes = value.get("open")
     lists = isinstance(lanes, list) and all(isinstance(lane, list) and len(lane) == 2 for lane in lanes)
-    return lists and all(is_count(number) for lane in lanes for number in lane)
+    return lists and all(is_count(number) for lane in lanes or () for number in lane)
 
 
 def _is_source(value: Any) -> bool:

@@ -160,10 +160,10 @@ def _check_numbers(args: DinoArguments) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"--{option.name} {value}: must be a finite number")
     for words, accept, options in _RANGES:
-        for option in options:
-            value = _value(args, option)
+        for name in options:
+            value = _value(args, name)
             if value is not None and not accept(value):
-                raise InputError(f"--{option} {value}: must be {words}")
+                raise InputError(f"--{name} {value}: must be {words}")
 
 
 def _check_choices(args: DinoArguments) -> None:

@@ -202,7 +202,7 @@ def training_step_macs(
     if isinstance(reducer, PairReducer):  # what it adds to a row is done for the student alone, and is learned
         own = 3 * own_student
     else:
-        own = (3 if reducer.learns else 1) * own_student + own_teacher
+        own = (3 if isinstance(reducer, BranchReducer) and reducer.learns else 1) * own_student + own_teacher
     own += matching_macs(spec, num_patches, reducer, (), num_local_patches, num_local_crops)
     return StepMacs(
         student=3 * student,
@@ -273,7 +273,7 @@ def _last_block_macs(spec: BackboneSpec, tokens: int, after: int, reducer: Token
 
 def _runs_for_cls(reducer: TokenReducer) -> bool:
     """Whether a stage in the last block runs although only CLS is read of it."""
-    return isinstance(reducer, PairReducer) or reducer.site == "attention"
+    return isinstance(reducer, PairReducer) or (isinstance(reducer, BranchReducer) and reducer.site == "attention")
 
 
 def dinov2_patch_macs(

@@ -5,6 +5,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,5 +151,5 @@ def _classes(adapter: Adapter, logits: list[Tensor]) -> tuple[ClassShare, ...]:
     before, after = (found.softmax(-1) for found in logits)
     count = min(TOP_CLASSES, len(before))
     first = dict.fromkeys([*before.topk(count).indices.tolist(), *after.topk(count).indices.tolist()])
-    names = adapter.model.config.id2label
+    names: Any = adapter.model.config.id2label
     return tuple(ClassShare(str(names[index]), before[index].item(), after[index].item()) for index in first)

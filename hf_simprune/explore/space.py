@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import warnings
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from datasets import Dataset
 from ..data.decoding import DECODING_ERRORS
 from ..data.loading import encoded_bytes, find_image_column, image_rows
 from ..errors import InputError
+from ..hub.shared_files import home_warnings, shared_form
 from ..rba.output import building
 from .app import WITHOUT_GRADIO, open_images
 
@@ -80,6 +82,8 @@ def write_space(folder: str | Path, model: str, dataset: str | None = None, *, s
         _copy_package(partial / _PACKAGE.name)
         if local:
             _copy_model(source, partial / _MODELS / name)
+            for warning in home_warnings(source, (path.name for path in (partial / _MODELS / name).iterdir())):
+                warnings.warn(f"{model}: {warning}", stacklevel=2)
         if images is not None:
             pyarrow.parquet.write_table(pyarrow.table({"image": images}), partial / _IMAGES)
         shown = f"{_MODELS}/{name}" if local else model
@@ -96,11 +100,15 @@ def _copy_package(folder: Path) -> None:
 
 
 def _copy_model(source: Path, folder: Path) -> None:
-    """What loading needs, and no checkpoint or code beside it."""
+    """What loading needs, as it is published, and no checkpoint or code beside it."""
     folder.mkdir(parents=True)
     for pattern in _MODEL_FILES:
         for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+            shared = shared_form(file.name, file, f"{_MODELS}/{folder.name}")
+            if isinstance(shared, bytes):
+                (folder / file.name).write_bytes(shared)
+            else:
+                shutil.copyfile(file, folder / file.name)
 
 
 def _encoded(rows: Dataset) -> list[dict[str, bytes | None]]:

@@ -57,8 +57,13 @@ def draw_views(
     Returns:
         Normalised crops (2, 3, size, size) for the network, and (2, size, size, 3) floats in 0..1 to look at.
     """
+    red, green, blue = mean
+    red_std, green_std, blue_std = std
     config = AugmentationConfig(
-        global_crop_size=size, local_crops_number=0, image_mean=tuple(mean), image_std=tuple(std)
+        global_crop_size=size,
+        local_crops_number=0,
+        image_mean=(red, green, blue),
+        image_std=(red_std, green_std, blue_std),
     )
     example = make_views(pixels, config, seed, 0, 0)
     batch = collate([{**example, "index": 0, "bad_indices": ()}])

@@ -5,12 +5,13 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .hub_names import hub_names, is_repo_id
+from .privacy import TOKEN
 
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
@@ -25,7 +26,6 @@ _PLACEHOLDERS = (
     r"\byour[-_ ]?(?:user)?name/",
 )
 _TEMPLATE = re.compile(r"\{\{|\{%")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _NOTHING = re.compile(r"(?<!\\)\|[ `]*(?:None|nan|inf|-inf)[ `%]*(?=\|)")
 _LINK = re.compile(r"(!?)\[[^\]\n]*\]\(([^)\s]+)\)")
 # What a card of this package has; a card that its owner has edited need not.
@@ -78,11 +78,14 @@ def _metadata_faults(text: str, block: str) -> list[str]:
         read = card.data.to_dict()
         changed = sorted(str(key) for key in raw.keys() | read.keys() if read.get(key) != raw.get(key))
         faults.append(f"metadata: {', '.join(changed) or 'it'} changes when the card is read and written")
-    return [*faults, *_vocabulary_faults(raw), *_id_faults(raw), *_result_faults(raw, card.data.eval_results)]
+    results = cast(ModelCardData, card.data).eval_results
+    return [*faults, *_vocabulary_faults(raw), *_id_faults(raw), *_result_faults(raw, results)]
 
 
 def _repeated_keys(block: str) -> list[str]:
-    keys = [key.value for key, _ in yaml.compose(block).value]
+    node = yaml.compose(block)
+    assert isinstance(node, yaml.MappingNode)  # it was read as a mapping
+    keys = [key.value for key, _ in node.value]
     return sorted({key for key in keys if keys.count(key) > 1})
 
 
@@ -146,7 +149,7 @@ def _text_faults(body: str) -> Iterator[str]:
             yield f"text: {found[0]!r} is still to be filled in"
     if found := _TEMPLATE.search(_BIBTEX.sub("", body)):
         yield f"text: {body[body.index(found[0]) :].splitlines()[0][:40]!r} is left of a template"
-    if _TOKEN.search(body):
+    if TOKEN.search(body):
         yield "text: it holds an access token"
     if len(re.findall(r"^```", body, re.MULTILINE)) % 2:
         yield "text: a code block is not closed"

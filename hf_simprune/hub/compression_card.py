@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from huggingface_hub import EvalResult
 
 from .facts import Licence
-from .model_card import card_data, markdown_table, masked, render, settings_table
+from .model_card import card_data, markdown_table, render, settings_table
+from .privacy import masked
 
 
 _CLASSIFIER = "AutoModelForImageClassification"
@@ -26,7 +27,7 @@ class CompressionCard:
         result: the variable it goes to.
         stock: whether stock transformers loads it; otherwise it needs `trust_remote_code` or this package.
         original: the network that was compressed, a Hub id or a name.
-        base_model: its Hub id, if it has one.
+        base_model: its Hub id, if it has one, else that of the network it was made from itself.
         depth, kept: blocks before and after.
         chosen: how, such as "chosen by its measured effect on the outputs".
         fitted: how the maps were made, such as "in closed form, without training".

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import InputError, TrainingError
+from .privacy import masked
 
 
 class UploadError(TrainingError):
@@ -33,7 +34,7 @@ class Push:
     Attributes:
         folder: with the model; None for a repository that is made before there is one.
         repo_id: `namespace/name`, or `name` in the user's own namespace.
-        private, create_pr, revision: as of [`publish`].
+        private, create_pr, revision, message: as of [`publish`].
     """
 
     folder: Path | None
@@ -41,6 +42,7 @@ class Push:
     private: bool = False
     create_pr: bool = False
     revision: str | None = None
+    message: str | None = None
 
     def command(self) -> str:
         """What pushes the same again, for a shell. It never holds an access token."""
@@ -48,7 +50,8 @@ class Push:
         words += ["--private"] if self.private else []
         words += ["--create-pr"] if self.create_pr else []
         words += ["--revision", self.revision] if self.revision is not None else []
-        return " ".join(map(shlex.quote, words))
+        words += ["--message", self.message] if self.message is not None else []
+        return masked(" ".join(map(shlex.quote, words)))
 
     def again(self) -> str:
         """The end of a message: what is kept, and how to try again."""
@@ -122,7 +125,7 @@ def missing_revision(push: Push) -> InputError:
     """For a branch that is not there."""
     return InputError(
         f"--revision {push.revision}: {push.repo_id} has no such branch: make it with `hf repos branch create "
-        f"{push.repo_id} {push.revision}`, or leave --revision out"
+        f"{push.repo_id} {push.revision}`, or leave --revision out{push.again()}"
     )
 
 

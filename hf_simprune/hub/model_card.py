@@ -2,14 +2,16 @@
 """The model card of a DINO run, written from the run's own numbers: what is not passed in is not in the card."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .eval_results import Evaluated
 from .facts import Licence
+from .privacy import masked, short_values, short_word
 
 
 _TEMPLATES = files("hf_simprune.hub") / "templates"
@@ -154,7 +156,7 @@ def card_data(
     )
 
 
-def render(template: str, data: ModelCardData, **values: object) -> str:
+def render(template: str, data: ModelCardData, **values: Any) -> str:
     """The text of a card from one of the package's templates, with both papers to cite."""
     papers = (_TEMPLATES / "papers.bib").read_text(encoding="utf-8").strip()
     text = (_TEMPLATES / template).read_text(encoding="utf-8")
@@ -202,17 +204,12 @@ def _gain_sentence(card: TrainingCard) -> str:
 
 
 def settings_table(settings: Mapping[str, object]) -> str:
-    """Options and their values, without access tokens."""
+    """Options and their values, without access tokens and folders of this machine."""
     return markdown_table(["setting", "value"], [(f"`{k}`", f"`{_setting(k, v)}`") for k, v in settings.items()])
 
 
 def _setting(name: str, value: object) -> str:
-    return "***" if name == "token" and value is not None else masked(str(value))
-
-
-def masked(text: str) -> str:
-    """Without access tokens: cards are public."""
-    return re.sub(r"\bhf_(?!simprune)[A-Za-z0-9]{4,}", "***", re.sub(r"(--token[ =])\S+", r"\1***", text))
+    return "***" if name == "token" and value is not None else masked(str(short_values(value)))
 
 
 def _percent(value: float | None) -> str:
@@ -231,16 +228,20 @@ def _cell(value: object) -> str:
     return " ".join(str(value).replace("|", r"\|").split())
 
 
-def addressed_to(text: str, repo_id: str) -> str:
+def addressed_to(text: str, repo_id: str, written: Callable[[str], bool]) -> str:
     """A card whose code under "Use" loads `repo_id`: before it is published, it names the folder it lies in.
 
-    Only where all that the code loads has one name; what a person wrote otherwise stays. The same text comes out
-    however often this is done.
+    Only where all that the code loads has one name, and that name is a path or `written` by this package; what a
+    person wrote otherwise stays. The same text comes out however often this is done.
     """
     head, heading, rest = text.partition("\n## Use\n")
     section, following, tail = rest.partition("\n## ")
     loads = re.compile(r"(\.from_pretrained\(\")([^\"\n]+)(\")")
-    if len({found[1] for found in loads.findall(section)}) != 1:
+    names = {found[1] for found in loads.findall(section)}
+    if len(names) != 1:
+        return text
+    (name,) = names
+    if not written(name) and short_word(name) == name and not name.startswith(".") and name.count("/") < 2:
         return text
     section = loads.sub(lambda found: f"{found[1]}{repo_id}{found[3]}", section)
     return head + heading + section + following + tail

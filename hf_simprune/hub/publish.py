@@ -34,8 +34,8 @@ class Published:
         created: whether the repository was made by this push.
         unchanged: whether the repository held the same already; nothing was sent and no commit made.
         pr_url: of the pull request, if one was opened.
-        left_out: names in the folder that were not published, such as checkpoints and logs.
-        warnings: what the repository's page will lack, in words.
+        left_out: names in the folder that were not published, such as checkpoints/ and training/student/.
+        warnings: what the repository's page will lack, and files that name a home folder of this machine.
     """
 
     url: str
@@ -62,8 +62,9 @@ def publish(
 
     Published are weights (safetensors), configurations, processor, card, plots, `.eval_results`, the options of the
     run, and source files if the configuration needs them; checkpoints, logs, optimiser states and hidden files are
-    not. Files of the repository that belong to an earlier version of the model go. Large files that reached the Hub
-    before an interruption are not sent again, and the same content is not committed twice.
+    not. Folders of this machine are named by their last part in the card's command and in the records. Files of the
+    repository that belong to an earlier version of the model go. Large files that reached the Hub before an
+    interruption are not sent again, and the same content is not committed twice.
 
     Args:
         folder: a run's or a compression's output, or any folder saved with `save_pretrained`. It is only read.
@@ -81,7 +82,8 @@ def publish(
             tries again.
     """
     folder = Path(folder)
-    push = Push(folder, repository_name(repo_id, str(folder), "the repository"), private, create_pr, revision)
+    name = repository_name(repo_id, str(folder), "the repository")
+    push = Push(folder, name, private, create_pr, revision, message)
     if create_pr and revision not in (None, MAIN):
         raise InputError(f"--create-pr and --revision {revision} exclude each other: give one")
     content = read_folder(folder)
@@ -165,7 +167,7 @@ def upload_run(folder: str | Path, repo_id: str, message: str, token: str | None
     try:
         return publish(folder, repo_id, token=token, message=message)
     except InputError as error:
-        command = Push(Path(folder), repo_id).command()
+        command = Push(Path(folder), repo_id, message=message).command()
         hint = "" if command in str(error) else f"; the run is complete in {folder}, publish it with: {command}"
         raise UploadError(f"{error}{hint}") from error
 

@@ -12,6 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
+from .privacy import TOKEN
+from .shared_files import TEXT_FILES, home_warnings
 
 
 CONFIG, CARD = "config.json", "README.md"
@@ -25,13 +27,13 @@ _PUBLISHED = re.compile(
     r"(LICENSE|NOTICE)(\.\w+)?|CITATION\.cff"
 )
 # What an earlier version of the same model may have left in the repository and would be mixed with the new one:
-# weights that are loaded in place of the new ones, code that nothing uses, numbers of another network.
+# weights that are loaded in place of the new ones, code that nothing uses, a processor for other images, numbers and
+# pictures of another network. Scores are those of the names that `write_benchmark_entries` gives.
 _STALE = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|\w+_simprune_\w+\.py|compression\.json|"
-    r"redundancy\.(json|png)"
+    r"redundancy\.(json|png)|(pre)?processor_config\.json|metrics\.jsonl|training/(run\.json|arguments\.yaml)|"
+    r"(loss_curve|pruned_tokens|tokens_by_depth)\.png|\.eval_results/[\w.-]+--[\w.-]+\.yaml"
 )
-_TEXT = (".json", ".jsonl", ".yaml", ".md", ".py", ".cff", ".txt")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Content:
     Attributes:
         files: by their path in the repository.
         model_type: of the configuration.
-        left_out: names in the folder, its sub-folders with a slash at the end, that stay on this machine.
+        left_out: what stays on this machine, sub-folders with a slash at the end; of a sub-folder that is published in
+            part, what it holds by name.
         warnings: what is missing, and what is wrong with the card.
     """
 
@@ -68,9 +71,9 @@ def read_folder(folder: Path) -> Content:
     taken = {name for name in files if _PUBLISHED.fullmatch(name)}
     taken |= _weights(folder) | _code(folder, taken)
     _refuse_tokens(folder, taken)
-    left_out = sorted({_top(name) for name in files} - {_top(name) for name in taken})
+    left_out = {_left(name, taken) for name in files if name not in taken}
     return Content(
-        {name: files[name] for name in sorted(taken)}, model_type, tuple(left_out), _warnings(folder, taken)
+        {name: files[name] for name in sorted(taken)}, model_type, tuple(sorted(left_out)), _warnings(folder, taken)
     )
 
 
@@ -133,7 +136,7 @@ def _mapped(folder: Path, name: str) -> list[str]:
 
 def _refuse_tokens(folder: Path, names: set[str]) -> None:
     for name in sorted(names):
-        if name.endswith(_TEXT) and _TOKEN.search((folder / name).read_text(encoding="utf-8", errors="replace")):
+        if name.endswith(TEXT_FILES) and TOKEN.search((folder / name).read_text(encoding="utf-8", errors="replace")):
             raise InputError(f"{folder}/{name} holds an access token (hf_…): take it out before others can read it")
 
 
@@ -142,6 +145,7 @@ def _warnings(folder: Path, names: set[str]) -> tuple[str, ...]:
     found = []
     if not any(name.endswith("processor_config.json") for name in names):
         found.append("no image processor: users have to know how images are prepared")
+    found += home_warnings(folder, names)
     if CARD not in names:
         return (*found, "no README.md: the model has no card")
     from .card_check import check_card
@@ -178,6 +182,8 @@ def _read_json(folder: Path, name: str, hint: str) -> dict[str, Any]:
     return content
 
 
-def _top(name: str) -> str:
-    first, slash, _ = name.partition("/")
-    return first + slash
+def _left(name: str, taken: Iterable[str]) -> str:
+    """The uppermost folder of a file, with a slash, that holds nothing of `taken`; without one, the file itself."""
+    parts = name.split("/")
+    folders = ("/".join(parts[:depth]) + "/" for depth in range(1, len(parts)))
+    return next((folder for folder in folders if not any(each.startswith(folder) for each in taken)), name)

@@ -13,8 +13,8 @@ from huggingface_hub.hf_api import RepoSibling
 
 from ..errors import InputError
 from .hub_errors import Push, missing_revision
-from .model_card import addressed_to
-from .publish_files import CARD, CONFIG, Content, stale
+from .publish_files import CONFIG, Content, stale
+from .shared_files import shared_form
 
 
 MAIN = "main"
@@ -96,7 +96,7 @@ def check_existing(api: HfApi, push: Push, remote: Remote, model_type: str | Non
     if push.private and not remote.private:
         raise InputError(
             f"--private: {remote.repo_id} exists and is public: make it private with `hf repos settings "
-            f"{remote.repo_id} --private`, or choose another name"
+            f"{remote.repo_id} --private`, or choose another name{push.again()}"
         )
     if push.create_pr or push.revision not in (None, MAIN):
         return
@@ -134,18 +134,13 @@ def _family(model_type: str) -> str:
 def changes(remote: Remote, content: Content) -> list[CommitOperationAdd | CommitOperationDelete]:
     """What makes the repository hold `content`: nothing where it does already."""
     removed = [CommitOperationDelete(name) for name in stale(remote.files, content)]
-    sources = {name: _source(name, path, remote.repo_id) for name, path in content.files.items()}
+    sources = {name: shared_form(name, path, remote.repo_id) for name, path in content.files.items()}
     added = [
         CommitOperationAdd(name, source)
         for name, source in sources.items()
         if not _same(remote.files.get(name), source)
     ]
     return [*removed, *added]
-
-
-def _source(name: str, path: Path, repo_id: str) -> Path | bytes:
-    """What is sent: the file as it is, but a card whose code loads the repository and not the folder."""
-    return addressed_to(path.read_text(encoding="utf-8"), repo_id).encode() if name == CARD else path
 
 
 def _same(sibling: RepoSibling | None, source: Path | bytes) -> bool:

@@ -3,6 +3,7 @@
 
 import ast
 import inspect
+import sys
 from types import ModuleType
 
 from ..errors import InputError
@@ -20,7 +21,8 @@ def bundle_reduction(method: str | None) -> str:
     Raises `ValueError` where a file cannot be joined: it imports what is not joined too, or repeats a name.
     """
     chosen = [] if method is None else [INFERENCE_METHODS[method]]
-    joiner = _Joiner([token_maps, base, walk, attention, *(inspect.getmodule(one) for one in chosen), inference])
+    own = (sys.modules[one.__module__] for one in chosen)
+    joiner = _Joiner([token_maps, base, walk, attention, *own, inference])
     entries = ", ".join(f'"{one.name}": {one.__name__}' for one in chosen)
     texts = [joiner.text_of(module) for module in joiner.modules]
     head = _HEADER.format(of=f" by {method}" if method else "")
@@ -61,7 +63,7 @@ class _Joiner:
     def _sort_out(self, module: ModuleType, node: ast.Import | ast.ImportFrom) -> None:
         if isinstance(node, ast.Import):
             self._plain.add(ast.unparse(node))
-        elif not node.level:
+        elif not node.level and node.module is not None:  # it is None in `from . import` only
             self._from.setdefault(node.module, set()).update(map(ast.unparse, node.names))
         elif node.module not in self._siblings or any(alias.asname for alias in node.names):
             raise ValueError(f"{module.__name__}: {ast.unparse(node)} is of no file that is joined, or renames")

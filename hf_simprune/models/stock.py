@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The way back: a trained backbone as an ordinary transformers model, for people without this package."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import DeiTModel, Dinov2Model, PreTrainedConfig, ViTModel
@@ -39,8 +41,9 @@ def to_stock(model: SimPruneViTModel | SimPruneDeiTModel | SimPruneDinov2Model) 
         arguments["use_mask_token"] = model.embeddings.mask_token is not None
         add_cls_pooler(config, weights)
     # On the meta device, where nothing is drawn: a save must not change what the training draws next.
+    stock_class: Any = model._stock_class  # whose configuration is of the same family
     with torch.device("meta"):
-        stock = model._stock_class(config, **arguments)
+        stock = stock_class(config, **arguments)
     stock.load_state_dict(weights, strict=True, assign=True)
     return stock.eval()
 

@@ -47,7 +47,7 @@ def result_notes(
     head = comparison.head or comparison.retrained
     if comparison.head is not None and comparison.head.original is None:
         head = comparison.retrained
-    if head is not None and head.original is not None:
+    if head is not None and head.original is not None and head.compressed is not None:
         lost = head.original - head.compressed
         if lost > TOO_MUCH:
             notes.append(

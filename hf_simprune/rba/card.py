@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..hub.compression_card import CompressionCard, render_compression_card
 from ..hub.eval_results import benchmark_entry, evaluated_images, write_benchmark_entries
-from ..hub.facts import Licence, hardware, is_hub_id, licence_of, versions
+from ..hub.facts import Licence, base_model_of, hardware, is_hub_id, licence_of, versions
 from .adapters import Adapter
 from .arguments import CompressArguments
 from .block_map import block_map
@@ -64,15 +64,15 @@ def compression_card(
     repo_id: str | None = None,
 ) -> str:
     """The text of README.md."""
+    assert args.model_name_or_path is not None
     plan = result.outcome.choice.plan
     auto_class = loader_of(type(model).__name__).__name__
     variable, output = _snippet(original, auto_class)
-    base_model = args.model_name_or_path if is_hub_id(args.model_name_or_path) else args.base_model_id
+    source = args.model_name_or_path
+    compressed, base_model = origin(args)
     calibration = images.calibration
     trained = any(item.map in TRAINED_MAPS for item in plan.items)
-    licence = (
-        Licence(args.license) if args.license else licence_of(args.model_name_or_path, args.model_revision, args.token)
-    )
+    licence = Licence(args.license) if args.license else licence_of(source, args.model_revision, args.token)
     card = CompressionCard(
         name=(repo_id or Path(args.output_dir).resolve().name).split("/")[-1],
         model_id=repo_id or args.output_dir,
@@ -81,7 +81,7 @@ def compression_card(
         result=variable,
         output=output,
         stock=is_stock(model),
-        original=Path(args.model_name_or_path).resolve().name if base_model is None else base_model,
+        original=compressed,
         base_model=base_model,
         depth=plan.depth,
         kept=plan.depth - len(plan.removed_blocks),
@@ -100,7 +100,7 @@ def compression_card(
         notes=(*result.notes, *missing_accuracies(result.comparison)),
         eval_results=results,
         limits=limits(images, result, licence),
-        command=typed_command(),
+        command=typed_command(args),
         seed=args.seed,
         hardware=hardware(),
         versions=versions(),
@@ -109,6 +109,13 @@ def compression_card(
         picture=PICTURE,
     )
     return render_compression_card(card)
+
+
+def origin(args: CompressArguments) -> tuple[str, str | None]:
+    """What was compressed, and its Hub id, or that of what it was made from if its own card says so."""
+    source = args.model_name_or_path
+    copied = source if is_hub_id(source) else args.base_model_id
+    return (copied, copied) if copied else (Path(source).resolve().name, base_model_of(source))
 
 
 def final_comparison(result: Result) -> Comparison:

@@ -45,6 +45,7 @@ def load_checkpoint(name_or_path: str, revision: str | None = None, token: str |
     """
     where = f"--model_name_or_path {name_or_path}"
     _check_folder(name_or_path, where)
+    hub: dict[str, Any]
     hub = {key: value for key, value in {"revision": revision, "token": token}.items() if value is not None}
     hub["trust_remote_code"] = False  # and nobody is asked on the terminal whether to run what is there
     with reading(f"{where}: no model there"):

@@ -99,9 +99,10 @@ class Comparison:
             (*_pair_row("file, MB", self.file_bytes, mega), ""),
         ]
         ratio, low, high = self.latency_ratio
-        times = [f"{kilo * value:.4g}" for value in self.seconds]
+        original, compressed = (f"{kilo * value:.4g}" for value in self.seconds)
         change = f"x{ratio:.3f} [{low:.3f}, {high:.3f}]"
-        table.append((f"latency of one image, ms ({self.device})", *times, change, f"{LATENCY_ROUNDS} rounds"))
+        latency = f"latency of one image, ms ({self.device})"
+        table.append((latency, original, compressed, change, f"{LATENCY_ROUNDS} rounds"))
         cost, low, high = self.cost
         table.append((self.cost_name, "0", number(cost), f"[{number(low)}, {number(high)}]", images))
         if self.agreement is None:
@@ -160,7 +161,7 @@ def compare(
         macs=(macs(partial(module_forward, original), pixels), macs(partial(module_forward, compressed), pixels)),
         seconds=(latency.original, latency.compressed),
         file_bytes=file_bytes,
-        latency_ratio=tuple(latency.ratio),
+        latency_ratio=(*latency.ratio,),
         cost_name=cost.name,
         cost=summary,
         relative_error=costs[1].mean().item(),
@@ -215,7 +216,7 @@ def _head_accuracy(original: Adapter, classes: list[Tensor], seen: _Seen, seed: 
     if seen.labels is None:
         agreement = (classes[0] == classes[1]).double().mean().item()
         return HeadAccuracy(None, None, None, agreement, seen.count, "the images have no labels")
-    config = original.model.config
+    config: Any = original.model.config  # of a classifier, whose labels are not None
     match = match_labels(seen.labels, config.id2label, seen.class_names)
     return head_accuracy(classes[0], classes[1], match, config.num_labels, seed)
 
@@ -227,6 +228,7 @@ def _as_accuracy(head: HeadAccuracy) -> Accuracy:
 def _retrained(
     sides: Sequence[Adapter], training: LabelledRows, seen: _Seen, chunk_size: int, seed: int, progress: bool
 ) -> Accuracy:
+    assert training.labels is not None and seen.labels is not None
     known = torch.unique(training.labels)
     tested = torch.isin(seen.labels, known)
     if len(known) < 2 or len(training.rows) < PROBE_IMAGES_PER_CLASS * len(known) or not tested.any():
@@ -236,6 +238,7 @@ def _retrained(
         )
         return Accuracy(None, None, None, 0, reason)
     fitted = _outputs(sides, training, chunk_size, "features" if progress else None)
+    assert fitted.labels is not None  # those of `training`
     hits = [
         probe_features(
             fitted.features[side], fitted.labels, seen.features[side][tested], seen.labels[tested], seed=seed
@@ -269,6 +272,7 @@ def _pair_row(name: str, pair: tuple[float, float], unit: float) -> tuple[str, s
 
 
 def _accuracy_cells(accuracy: Accuracy) -> tuple[str, str, str]:
+    assert accuracy.original is not None and accuracy.compressed is not None
     change = f"{100 * (accuracy.compressed - accuracy.original):+.1f} points"
     if accuracy.difference is not None:
         change += f" [{100 * accuracy.difference[1]:+.1f}, {100 * accuracy.difference[2]:+.1f}]"

@@ -65,6 +65,7 @@ def heal(
         )
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     precision = student.dtype
+    network: nn.Module = student  # whose own `to` is declared to take no type
     before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
     wanted_gradient = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     healed = healed_parameters(student, teacher, plan)
@@ -83,10 +84,10 @@ def heal(
             history.append(_step(optimizer, pair, next(batches), batch_size, accelerator))
             bar.set_postfix(loss=f"{history[-1]:.4f}")
     except BaseException:
-        student.to(precision)
+        network.to(precision)
         _put_back(student, before, wanted_gradient)
         raise
-    student.to(precision)
+    network.to(precision)
     _put_back(student, {}, wanted_gradient)
     return history
 
@@ -126,7 +127,7 @@ def random_crop(image: np.ndarray, size: tuple[int, int], generator: np.random.G
     """
     height, width = image.shape[:2]
     area = height * width * generator.uniform(_LEAST_AREA, 1)
-    aspect = math.exp(generator.uniform(*map(math.log, _ASPECTS)))
+    aspect = math.exp(generator.uniform(math.log(_ASPECTS[0]), math.log(_ASPECTS[1])))
     w, h = (min(round(math.sqrt(area * aspect)), width), min(round(math.sqrt(area / aspect)), height))
     w, h = max(w, 1), max(h, 1)
     left, top = generator.integers(width - w + 1), generator.integers(height - h + 1)

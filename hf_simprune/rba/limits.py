@@ -55,6 +55,7 @@ def check_reachable(args: CompressArguments, adapter: Adapter, budget: Budget, p
     Raises:
         InputError: none does; the message names what was asked for and the most that is possible.
     """
+    assert args.map is not None  # `run_compress` has chosen
     kinds = closed_form_kinds(args.map)
     items = candidate_items(adapter, kinds, args.granularity, args.max_span, args.rank, args.first_block)
     candidates = []

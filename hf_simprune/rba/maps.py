@@ -183,14 +183,17 @@ def _fit_one(item: Span | Half, moments: Moments, solver: LeftSolver | None, bia
         mean = moments.mean(_write_name(item))
         if item.map == "const":
             return ConstMap(mean.float())
+        assert solver is not None  # as for every map but identity and const
         weight = solver.solve(product(name, _write_name(item)))
         offset = mean - moments.mean(name) @ weight
         return _affine(weight, offset if bias else torch.zeros_like(offset))
     # A span's map is identity plus the regression of what the span adds, h_j - h_i, on what the map reads: for a
     # fold too, whose target is h_j minus the residual stream before the MLP, that is M + (h_j - h_i).
     change = product(name, f"h{item.end}") - product(name, f"h{item.start}")
+    assert solver is not None
     delta = solver.solve(change)
     if item.map == "low_rank":
+        assert item.rank is not None
         # Of all maps of that rank these lose least of the fit: the loss is the quadratic form of S + lambda I in the
         # difference to delta, and delta' (S + lambda I) delta = delta' change.
         _, vectors = torch.linalg.eigh(_symmetric(delta.mT @ change))

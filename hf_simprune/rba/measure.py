@@ -59,6 +59,7 @@ class Bench:
         """fp64 sums of all processes."""
         if self.ranks[1] == 1:
             return sums
+        assert self.accelerator is not None
         return self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
 
 
@@ -129,6 +130,13 @@ def _measure(
     return [Measured(means[2 * n] / images, means[2 * n + 1] / images, int(images)) for n in range(count)]
 
 
+def _entry(entries: list[Tensor | None] | None, block: int) -> Tensor:
+    """That of a block which has it, among what was asked for."""
+    entry = None if entries is None else entries[block]
+    assert entry is not None
+    return entry
+
+
 def _state_after(adapter: Adapter, item: Span | Half, fitted: FittedMap, found: Activations) -> tuple[int, Tensor]:
     """Position after the item and its hidden state when nothing else has changed; only the tokens still needed."""
     end = end_of(item)
@@ -136,13 +144,13 @@ def _state_after(adapter: Adapter, item: Span | Half, fitted: FittedMap, found: 
     if isinstance(item, Span):
         h = found.hidden[item.start][:, needed]
         if item.map == "fold":
-            write = found.m[item.start - 1][:, needed]
+            write = _entry(found.m, item.start - 1)[:, needed]
             return end, (h - write) + fitted(write)
         return end, fitted(h)
     if item.half == "mlp":
-        y = (found.hidden[end] - found.m[item.block])[:, needed]
-        return end, y + fitted(found.mn[item.block][:, needed])
-    y = found.hidden[item.block][:, needed] + fitted(found.an[item.block][:, needed])
+        y = (found.hidden[end] - _entry(found.m, item.block))[:, needed]
+        return end, y + fitted(_entry(found.mn, item.block)[:, needed])
+    y = found.hidden[item.block][:, needed] + fitted(_entry(found.an, item.block)[:, needed])
     return end, y + adapter.mlp_write(item.block, adapter.mlp_input(item.block, y))
 
 

@@ -5,9 +5,10 @@ Memory does not depend on the number of images, so that no activations need be k
 and every measure of redundancy follows from the result (`Moments`).
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -71,6 +72,11 @@ class _Sums:
         return _Sums(self.counts, self.values + tokens * shift, tuple(products), self.pairs)
 
 
+def added_up(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum of one tensor or more."""
+    return cast(Tensor, sum(tensors))
+
+
 class Moments:
     """Means and second moments of the variables of one network, in fp64, of even and odd images apart.
 
@@ -83,9 +89,9 @@ class Moments:
         self._layout = layout
         self._pilot = pilot
         self._parts = tuple(parts)
-        self._counts = sum(part.counts for part in self._parts)
-        self._values = sum(part.values for part in self._parts)
-        self._pairs = sum(part.pairs for part in self._parts)
+        self._counts = added_up(part.counts for part in self._parts)
+        self._values = added_up(part.values for part in self._parts)
+        self._pairs = added_up(part.pairs for part in self._parts)
 
     @property
     def depth(self) -> int:
@@ -188,9 +194,9 @@ class Moments:
     def _cov(self, a: str, b: str) -> Tensor:
         number, position = self._layout.place[a, b]
         columns = slice(position * self.width, (position + 1) * self.width)
-        total = sum(part.products[number][:, columns] for part in self._parts)
+        products = added_up(part.products[number][:, columns] for part in self._parts)
         tokens = self._counts[0]
-        return total / tokens - torch.outer(
+        return products / tokens - torch.outer(
             self._values[self._columns(a)] / tokens, self._values[self._columns(b)] / tokens
         )
 
@@ -264,9 +270,10 @@ class MomentAccumulator:
             raise ValueError(f"parity has shape {tuple(parity.shape)}, the chunk holds {images} images")
         if self._pilot is None:
             self.set_pilot(chunk)
-        order = torch.argsort(parity, stable=True)
-        is_sorted = torch.equal(order, torch.arange(images, device=order.device))
-        order = None if is_sorted else order.to(variables[0].device)
+        assert self._pilot is not None
+        by_parity = torch.argsort(parity, stable=True)
+        is_sorted = torch.equal(by_parity, torch.arange(images, device=by_parity.device))
+        order = None if is_sorted else by_parity.to(variables[0].device)
         even = images - int(parity.sum())
 
         with _exact_products(variables[0].device.type):
@@ -294,7 +301,7 @@ class MomentAccumulator:
 
     def finish(self) -> Moments:
         """The moments, on the CPU. InputError for non-finite activations, naming the variable, or for no images."""
-        if self._pilot is None or not sum(part.counts for part in self._parts)[1]:
+        if self._pilot is None or not added_up(part.counts for part in self._parts)[1]:
             raise InputError("calibration_images: no image was read; accepted is at least one readable image")
         parts = [part.rebuilt([total.cpu() for total in part.tensors()]) for part in self._parts]
         moments = Moments(self.layout, self._pilot.double().cpu(), parts)
@@ -360,8 +367,9 @@ def _exact_products(device_type: str) -> Iterator[None]:
     # torch.get_float32_matmul_precision() raises once a precision was set for one backend alone, so where backends
     # have a precision of their own (torch 2.9 and later), that is what is set and put back.
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-        before = [backend.fp32_precision for backend in backends]
+        mkldnn: Any = torch.backends.mkldnn  # torch declares no `matmul` of it, nor the setting of either
+        backends: tuple[Any, ...] = (torch.backends.cuda.matmul, mkldnn.matmul)
+        before: Any = [backend.fp32_precision for backend in backends]
         for backend in backends:
             backend.fp32_precision = "ieee"
     else:

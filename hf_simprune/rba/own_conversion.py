@@ -93,7 +93,9 @@ def convert_to_own(model: PreTrainedModel, plan: CompressionPlan, maps: FittedMa
     for span in plan.spans:
         if span.map == "fold":
             before = [origin for origin, _ in places].index(span.start - 1)
-            fold_into(converted.mlp_output(before), maps[span], converted.mlp_scale(before))
+            fold = maps[span]
+            assert isinstance(fold, AffineMap)
+            fold_into(converted.mlp_output(before), fold, converted.mlp_scale(before))
     return result
 
 
@@ -130,6 +132,7 @@ def _config(model: PreTrainedModel, own_class: type[PreTrainedModel], places: li
         values.pop(key, None)
     values["num_hidden_layers"] = len(places)
     values["block_maps"] = {str(index): spec for index, (_, spec) in enumerate(places) if spec is not None} or None
+    assert own_class.config_class is not None
     config = own_class.config_class.from_dict(values)
     config._attn_implementation = model.config._attn_implementation  # not among the values
     return config

@@ -38,6 +38,7 @@ def plan_maps(analysis: Analysis, plan: CompressionPlan, seed: int = 0) -> Fitte
         if item in analysis.maps:
             return analysis.maps[item]
         if item.map in TRAINED_MAPS:
+            assert isinstance(item, Span)  # no half has a trained map
             x, y = span_tokens(analysis.bench, item, seed)
             return fit_trained(item.map, x, y, seed=seed)
         try:

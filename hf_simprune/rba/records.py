@@ -5,13 +5,11 @@ import math
 import os
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..hub.facts import hardware, launch_command, versions
-from ..hub.model_card import masked
+from ..hub.facts import hardware, launch_words, shown_command, versions
 from .analysis import Analysis
 from .arguments import CompressArguments
 from .choice import Choice
@@ -92,19 +90,17 @@ def compression_record(
         "seconds": {**analysis.report.seconds, **result.seconds},
         "plain_forward_seconds": analysis.report.plain_forward_seconds,
         "options": {key: value for key, value in asdict(args).items() if key != "token"},
-        "command": typed_command(),
+        "command": typed_command(args),
         "hardware": hardware(),
         "versions": versions(),
     }
     return _plain(record)
 
 
-def typed_command() -> str:
-    """What was typed, without access tokens."""
-    program, *words = sys.argv
-    if Path(program).stem in ("hf-simprune", "cli"):
-        return masked(launch_command([program, *words]).replace(f"python {program}", "hf-simprune", 1))
-    return masked(launch_command(sys.argv, int(os.environ.get("WORLD_SIZE", "1"))))
+def typed_command(args: CompressArguments) -> str:
+    """What starts the same run, without access tokens and folders of this machine."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return shown_command(launch_words(sys.argv, "compress", args, processes))
 
 
 def _plain(value: Any) -> Any:

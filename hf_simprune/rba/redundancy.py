@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .moments import Moments
+from .moments import Moments, added_up
 from .solve import LeftSolver
 
 
@@ -105,7 +105,7 @@ def _explained(fitted: Moments, judged: Moments, ridge: float) -> Tensor:
 def _change_variance(moments: Moments, i: int, j: int) -> Tensor:
     """Variance of h_j - h_i about its mean, summed over dimensions."""
     pairs = ((f"h{i}", f"h{i}", 1), (f"h{j}", f"h{j}", 1), (f"h{i}", f"h{j}", -2))
-    return sum(factor * moments.cov(a, b).diagonal().sum() for a, b, factor in pairs)
+    return added_up(factor * moments.cov(a, b).diagonal().sum() for a, b, factor in pairs)
 
 
 def _leading_whitening(covariance: Tensor, variance: float) -> Tensor:

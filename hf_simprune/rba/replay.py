@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import InputError
 from .activations import Activations
 from .adapters import Adapter
-from .maps import AffineMap, FittedMaps
+from .maps import FittedMaps
 from .plan import CompressionPlan, check_depth
 
 
@@ -131,7 +131,7 @@ def _block(
     context: Any,
     attention_map: Callable[[Tensor], Tensor] | None,
     mlp_map: Callable[[Tensor], Tensor] | None,
-    fold: AffineMap | None,
+    fold: Callable[[Tensor], Tensor] | None,
     queries: int | None,
 ) -> Tensor:
     """Block `b` with what the plan changes in it, for the first `queries` tokens or for all."""

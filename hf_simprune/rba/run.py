@@ -110,6 +110,7 @@ def run_compress(args: CompressArguments) -> None:
     start.say(analysis.report.table())
     clock = _Clock()
     if plan is None:
+        assert budget is not None  # made above
         choice = choose(
             analysis,
             budget,
@@ -144,6 +145,7 @@ def _shows_progress(args: AnalyzeArguments | CompressArguments) -> bool:
 
 def _start(args: AnalyzeArguments | CompressArguments) -> _Start:
     """Open model and images and check them; the heavy work comes later."""
+    assert args.model_name_or_path is not None and args.map is not None  # validated, and chosen by the caller
     if not _shows_progress(args):
         datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()  # loading and saving take moments
@@ -161,6 +163,7 @@ def _start(args: AnalyzeArguments | CompressArguments) -> _Start:
 
 
 def _analyse(args: AnalyzeArguments | CompressArguments, start: _Start) -> Analysis:
+    assert args.map is not None
     return analyze(
         start.checkpoint.model,
         start.images.calibration,
@@ -209,10 +212,12 @@ def _finish(
     repo_id: str | None,
 ) -> None:
     """Evaluate, save, tell. On the main process only."""
+    assert args.model_name_or_path is not None
+    name = args.model_name_or_path
     with building(args.output_dir) as folder:
 
         def evaluated(model: PreTrainedModel) -> Comparison:
-            save_model(model, start.checkpoint.processor, args.model_name_or_path, folder, args.token)
+            save_model(model, start.checkpoint.processor, name, folder, args.token)
             found = _compare(args, start, analysis, model, folder)
             clock.lap("evaluation")
             return found
@@ -272,7 +277,7 @@ def _check_own_maps(args: CompressArguments, plan: CompressionPlan | None, adapt
     """Refuse, before any work, maps and halves that the model's class cannot be saved with."""
     if can_hold_maps(adapter.model):
         return
-    kinds = [kind for kind in args.map if kind not in STOCK_MAPS]
+    kinds = [kind for kind in args.map or [] if kind not in STOCK_MAPS]
     name = type(adapter.model).__name__
     if kinds:
         raise InputError(f"--map {' '.join(kinds)}: a {name} can have {' and '.join(STOCK_MAPS)} only")

@@ -118,7 +118,8 @@ def without_shared(
     Also how many were left out before that many were found.
     """
     known = {calibration.digest(row) for row in used} - {None}
-    kept, shared = [], 0
+    kept: list[int] = []
+    shared = 0
     for row in rows:
         if len(kept) == most:
             break

@@ -60,9 +60,9 @@ def check_reload(model: PreTrainedModel, folder: Path, pixel_values: Tensor) -> 
     wrong += [name for name in found if name not in expected]
     if wrong:
         raise TrainingError(f"{folder}: the saved weights are not those in memory, for example {wrong[0]}")
-    expected, found = (module_forward(adapter_for(each), pixel_values) for each in (model, reloaded))
-    rounding = _ROUNDINGS * torch.finfo(expected.dtype).eps * float(expected.abs().max())
-    if not torch.allclose(expected, found, rtol=0, atol=rounding, equal_nan=True):
+    before, after = (module_forward(adapter_for(each), pixel_values) for each in (model, reloaded))
+    rounding = _ROUNDINGS * torch.finfo(before.dtype).eps * float(before.abs().max())
+    if not torch.allclose(before, after, rtol=0, atol=rounding, equal_nan=True):
         raise TrainingError(f"{folder}: the saved network computes something else than the one in memory")
 
 

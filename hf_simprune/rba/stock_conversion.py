@@ -52,7 +52,9 @@ def convert_to_stock(model: PreTrainedModel, plan: CompressionPlan, maps: Fitted
     for span in plan.spans:
         if span.map == "fold":
             b = kept.index(span.start - 1)
-            fold_into(converted.mlp_output(b), maps[span], converted.mlp_scale(b))
+            fold = maps[span]
+            assert isinstance(fold, AffineMap)
+            fold_into(converted.mlp_output(b), fold, converted.mlp_scale(b))
     return stock
 
 
@@ -84,6 +86,7 @@ def _without_blocks(adapter: Adapter, kept: list[int]) -> PreTrainedModel:
     """The stock model of the same kind with the blocks `kept` only."""
     model = adapter.model
     stock_class = next(base for base in type(model).__mro__ if base in adapter.classes)
+    assert stock_class.config_class is not None
     config = _stock_config(model.config, stock_class.config_class)
     _set_depth(adapter.blocks_config(config), len(kept))
     weights = _kept_weights(adapter, kept)

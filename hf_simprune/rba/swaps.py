@@ -68,9 +68,9 @@ def _swaps(plan: CompressionPlan, offered: list[Span | Half]) -> Iterator[Swap]:
             if leaving != also_leaving:
                 yield (*leaving, *also_leaving), (*coming, *also_coming)
     for half in plan.halves:
-        for other in offered:
-            if isinstance(other, Half):
-                yield (half,), (other,)
+        for item in offered:
+            if isinstance(item, Half):
+                yield (half,), (item,)
 
 
 def _same_map(left: Span, right: Span) -> bool:

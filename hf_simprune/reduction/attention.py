@@ -52,7 +52,7 @@ def attend_pooled(
     weights = scores.softmax(-1, dtype=torch.float32)
     shown = weights if reduction.learns else weights.detach()
     pooled_tokens = reduction(tokens, shown.mean(1))
-    values = reduction.apply(reduction.map, value.transpose(1, 2).flatten(2))
+    values = reduction.apply(reduction.found, value.transpose(1, 2).flatten(2))
     values = values.unflatten(-1, (weights.shape[1], -1)).transpose(1, 2)
     weights = F.dropout(_pool(weights, reduction).to(values.dtype), dropout, training=dropout > 0)
     return (weights @ values).transpose(1, 2).flatten(2), pooled_tokens
@@ -62,6 +62,6 @@ def _pool(weights: Tensor, reduction: ReductionStep) -> Tensor:
     """(R, heads, T, T) to (R, heads, T', T'): rows pooled, columns summed, those of the prefix left alone."""
     prefix, heads, count = reduction.prefix, weights.shape[1], weights.shape[2]
     columns = weights.permute(0, 3, 1, 2).flatten(2)  # (R, keys, heads * queries)
-    columns = torch.cat([columns[:, :prefix], reduction.map.sum_columns(columns[:, prefix:])], dim=1)
+    columns = torch.cat([columns[:, :prefix], reduction.found.sum_columns(columns[:, prefix:])], dim=1)
     rows = columns.unflatten(-1, (heads, count)).permute(0, 3, 2, 1).flatten(2)  # (R, queries, heads * keys)
-    return reduction.apply(reduction.map, rows).unflatten(-1, (heads, -1)).transpose(1, 2)
+    return reduction.apply(reduction.found, rows).unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -74,7 +74,7 @@ class TokenReducer(ABC):
         """The method's own parameters and buffers for one branch, None where nothing is learned or remembered."""
         return None
 
-    def before_step(self, step: int, steps_per_epoch: int | None, views: Sequence[Any], dual: nn.Module) -> None:
+    def before_step(self, step: int, steps_per_epoch: int | None, views: Sequence[Any], dual: Any) -> None:
         """Called in every process before the 0-based optimiser step `step`, for what is measured now and then.
 
         views: the step's micro-batches, with `global_crops` (2B, C, H, W) and `local_crops` (L*B, C, h, w) or None.
@@ -82,7 +82,7 @@ class TokenReducer(ABC):
         steps_per_epoch: None where the number of images is unknown.
         """
 
-    def before_pass(self, global_crops: Tensor, dual: nn.Module) -> None:
+    def before_pass(self, global_crops: Tensor, dual: Any) -> None:
         """Called at the start of every training pass over both branches, inside of it; arguments as `before_step`."""
 
     def take_auxiliary_loss(self) -> Tensor | None:
@@ -122,7 +122,7 @@ class Seen(NamedTuple):
     patches: (R, n, D) patch tokens at the site. attention: as `needs` says. sizes: (R, n) patches that each token
     stands for, None for one each. grid: (rows, columns) of `patches`, None where they form none.
     stage: which of the reducer's stages this is. prefix: number of prefix tokens.
-    learned: the branch's own module from `build_learned`. full_grid: that of all patches, where they form one.
+    learned: the branch's own module from `build_learned`, None without. full_grid: that of all patches, if any.
     """
 
     patches: Tensor
@@ -131,7 +131,7 @@ class Seen(NamedTuple):
     grid: tuple[int, int] | None
     stage: int
     prefix: int
-    learned: nn.Module | None
+    learned: Any
     full_grid: tuple[int, int] | None = None
 
 

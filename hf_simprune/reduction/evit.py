@@ -48,6 +48,7 @@ class EViTReducer(BranchReducer):
         keep = keep_count(seen.patches.shape[1], self.keep_rate)
         if keep == seen.patches.shape[1]:
             return Unchanged(seen.patches)
+        assert seen.attention is not None  # as `needs` says
         return keep_attended(seen.attention, keep, self.fuse)
 
 

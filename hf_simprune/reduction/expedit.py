@@ -66,9 +66,9 @@ class ExpeditReducer(BranchReducer):
                 raise InputError(f"reduction option {name} {value} is out of range: give 1 or more.")
         if not 0 < temperature < math.inf:
             raise InputError(f"reduction option temperature {temperature} is out of range: give a number above 0.")
-        for name, value in (("grid", grid), ("cluster_after", cluster_after), ("restore_after", restore_after)):
-            if schedule == "stages" and value is not None:
-                raise InputError(f"reduction option {name} {value} goes with schedule=published, not stages.")
+        for name, given in (("grid", grid), ("cluster_after", cluster_after), ("restore_after", restore_after)):
+            if schedule == "stages" and given is not None:
+                raise InputError(f"reduction option {name} {given} goes with schedule=published, not stages.")
         self.schedule = schedule
         self.iterations = iterations
         self.temperature = temperature
@@ -94,7 +94,8 @@ class ExpeditReducer(BranchReducer):
         share = self._share
         if self._grid is not None and not self.setting.grids:
             share = self._share_of(min(grid))
-        return tuple(max(1, math.ceil(share ** (stage + 1) * side - 1e-9)) for side in grid)
+        rows, columns = (max(1, math.ceil(share ** (stage + 1) * side - 1e-9)) for side in grid)
+        return rows, columns
 
     def counts(self, grid: tuple[int, int]) -> list[int]:
         return [rows * columns for rows, columns in self._grids(grid)]
@@ -129,6 +130,7 @@ class ExpeditReducer(BranchReducer):
 
     def _share_of(self, side: int) -> float:
         """The share of a grid's shorter side that the option leaves. Raises InputError when it is more than all."""
+        assert self._grid is not None
         if not 1 <= self._grid <= side:
             raise InputError(
                 f"reduction option grid {self._grid}: the token grid has {side} patches a side, give 1 to {side}."
@@ -136,7 +138,8 @@ class ExpeditReducer(BranchReducer):
         return self._grid / side
 
     def _grids(self, grid: tuple[int, int]) -> list[tuple[int, int]]:
-        return [tuple(grid), *(self.smaller_grid(grid, stage) for stage in range(len(self.layers)))]
+        rows, columns = grid
+        return [(rows, columns), *(self.smaller_grid(grid, stage) for stage in range(len(self.layers)))]
 
     def _clusters(self, stage: int, num_patches: int) -> int:
         for grid in self.setting.grids:
@@ -198,7 +201,8 @@ def cluster(
         means = torch.kron(pooling(grid[0], target[0], tokens), pooling(grid[1], target[1], tokens))
         means = means.T.expand(tokens.shape[0], -1, -1)
         gram = None
-        if products_by_gram(*tokens.shape[1:], means.shape[2], iterations + 1):
+        count, width = tokens.shape[1:]
+        if products_by_gram(count, width, means.shape[2], iterations + 1):
             gram = tokens @ tokens.transpose(1, 2)
         outside = ~window(grid, target, tokens.device)
         for _ in range(iterations):

@@ -49,13 +49,10 @@ class MCTFReducer(BranchReducer):
         if keep_rate < 0.5:
             raise InputError(f"keep_rate {keep_rate} is too low for mctf, which fuses pairs: give 0.5 to 1.")
         self.weighs_sizes = proportional
-        self.exponents = tuple(
-            _exponent(name, value)
-            for name, value in (
-                ("tau_similarity", tau_similarity),
-                ("tau_information", tau_information),
-                ("tau_size", tau_size),
-            )
+        self.exponents = (
+            _exponent("tau_similarity", tau_similarity),
+            _exponent("tau_information", tau_information),
+            _exponent("tau_size", tau_size),
         )
 
     @torch.no_grad()
@@ -64,6 +61,7 @@ class MCTFReducer(BranchReducer):
         keep = keep_count(count, self.keep_rate)
         if keep == count:
             return Unchanged(seen.patches)
+        assert seen.attention is not None  # as at every `site` "attention"
         importance = column_importance(seen.attention, seen.prefix)
         sizes = torch.ones_like(importance) if seen.sizes is None else seen.sizes.to(importance.dtype)
         edges = log_edge_weights(seen.patches, importance, sizes, self.exponents)

@@ -127,7 +127,7 @@ class PatchSlimmingReducer(BranchReducer):
         indices = torch.searchsorted(seen.learned.kept(counts[0], seen.stage - 1), kept)
         return Kept(indices.expand(rows, -1), entering)
 
-    def before_step(self, step: int, steps_per_epoch: int | None, views: Sequence[Any], dual: nn.Module) -> None:
+    def before_step(self, step: int, steps_per_epoch: int | None, views: Sequence[Any], dual: Any) -> None:
         """Calibrate in the first `calibration_batches` steps of every `calibrate_epochs` epochs.
 
         Raises InputError where the length of an epoch is not known.
@@ -137,7 +137,8 @@ class PatchSlimmingReducer(BranchReducer):
         since = step % self.period(steps_per_epoch)
         if since >= self.calibration_batches:
             return
-        positions, net = dual.teacher.reduction, dual.teacher.backbone
+        positions: Positions = dual.teacher.reduction
+        net = dual.teacher.backbone
         if since == 0:
             for count, *_ in positions.counts:
                 positions.scores(count).zero_()
@@ -168,12 +169,13 @@ class AttentionRecorder(BranchReducer):
         self.attention: dict[int, Tensor] = {}
 
     def decide(self, seen: Seen) -> TokenMap:
+        assert seen.attention is not None  # as at every `site` "attention"
         self.attention[self.layers[seen.stage]] = seen.attention
         return Unchanged(seen.patches)
 
 
 @torch.no_grad()
-def calibrate(positions: Positions, net: nn.Module, crops: Tensor, layers: Sequence[int]) -> None:
+def calibrate(positions: Positions, net: Any, crops: Tensor, layers: Sequence[int]) -> None:
     """Add the scores of `crops` (R, C, H, W), of one size, in all processes to `positions`, and choose anew.
 
     net: the unpruned teacher's backbone. layers: the blocks of the stages, ascending. The maps of all blocks from the
@@ -202,7 +204,7 @@ def calibrate(positions: Positions, net: nn.Module, crops: Tensor, layers: Seque
         above = block + 1
 
 
-def dense_pass(net: nn.Module, crops: Tensor, layers: Sequence[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+def dense_pass(net: Any, crops: Tensor, layers: Sequence[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Attention maps (R, T, T) from the first of `layers` on, and in `layers` what attention writes to each patch:
     || sum_j A_ij |Z_j| ||^2, (R, N)."""
     recorder = AttentionRecorder(range(layers[0], len(net.layers)))

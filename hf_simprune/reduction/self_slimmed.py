@@ -13,6 +13,8 @@ so at every layer, which costs more than the slimming saves. Here it is the last
 student's forward, about 7% for the RTSM, and a dense forward of the teacher up to that stage for each global crop.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -119,7 +121,7 @@ class SelfSlimmedReducer(BranchReducer):
         width = self.setting.hidden_size
         if not self.setting.grids:
             raise InputError("token_reduction self_slimmed: the sizes of all crops must be known when it is built.")
-        slimming = {}
+        slimming: dict[str, nn.Module] = {}
         for grid in self.setting.grids:
             for stage, count in enumerate(self.counts(grid)[:-1]):
                 if module_name(stage, count) not in slimming:
@@ -151,7 +153,7 @@ class SelfSlimmedReducer(BranchReducer):
             self._loss = loss if self._loss is None else self._loss
         return found
 
-    def before_pass(self, global_crops: Tensor, dual: nn.Module) -> None:
+    def before_pass(self, global_crops: Tensor, dual: Any) -> None:
         """The dense forward of the teacher that recalibration compares with."""
         self._features, self._loss = None, None
         if self._rebuilt_stage is None:
@@ -197,6 +199,7 @@ class SelfSlimmedReducer(BranchReducer):
 
     def _recalibration_loss(self, rebuilt: Tensor) -> Tensor:
         width = rebuilt.shape[-1:]
+        assert self._features is not None  # which `_is_rebuilt` has asked
         with torch.autocast(rebuilt.device.type, enabled=False):
             rebuilt, target = to_full_precision(rebuilt), to_full_precision(self._features)
             return F.mse_loss(F.layer_norm(rebuilt, width), F.layer_norm(target, width))
@@ -204,11 +207,11 @@ class SelfSlimmedReducer(BranchReducer):
 
 def two_layers(given: int, hidden: int, out: int) -> nn.Sequential:
     """Linear, GELU, linear, with the initialisation of ViT."""
-    mlp = nn.Sequential(nn.Linear(given, hidden), nn.GELU(), nn.Linear(hidden, out))
-    for layer in (mlp[0], mlp[2]):
+    first, second = nn.Linear(given, hidden), nn.Linear(hidden, out)
+    for layer in (first, second):
         nn.init.trunc_normal_(layer.weight, std=0.02)
         nn.init.zeros_(layer.bias)
-    return mlp
+    return nn.Sequential(first, nn.GELU(), second)
 
 
 def module_name(stage: int, count: int) -> str:

@@ -11,7 +11,7 @@ pass to that of SimPrune at the same keep rate. The paper leaves gate, loss and 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -131,7 +131,7 @@ class SimPruneDynamicReducer(PairReducer):
         return 0 if self.keep_rate == 1.0 else num_patches * max(1, self.setting.hidden_size // 4)
 
     def pair(
-        self, student: Tensor, teacher: Tensor, progress: Tensor, stage: int = 0, learned: nn.Module | None = None
+        self, student: Tensor, teacher: Tensor, progress: Tensor, stage: int = 0, learned: Any = None
     ) -> PairSelection:
         if stage == 0:
             self._forget()
@@ -154,7 +154,7 @@ class SimPruneDynamicReducer(PairReducer):
         return PairSelection(chosen.keep, teacher_keep.roll(images, 0), chosen.factors)
 
     def local(
-        self, local: Tensor, teacher: Tensor, progress: Tensor, stage: int = 0, learned: nn.Module | None = None
+        self, local: Tensor, teacher: Tensor, progress: Tensor, stage: int = 0, learned: Any = None
     ) -> Selection:
         if self.keep_rate == 1.0:
             return Selection(all_indices(local))
@@ -173,13 +173,15 @@ class SimPruneDynamicReducer(PairReducer):
         kinds, rows = [stages for stages in (self._global, self._local) if stages], self._rows
         self._forget()
         # As many as there are, with the gradient of the gates' sum.
+        counts: list[list[int | Tensor]]
         counts = [[k[0].before, *(stage.after + stage.soft - stage.soft.detach() for stage in k)] for k in kinds]
         wanted = [token_counts(k[0].before, self.keep_rate, len(k)) for k in kinds]
         distance = pass_share(counts, rows, self.setting) - pass_share(wanted, rows, self.setting)
+        assert isinstance(distance, Tensor)  # as the gates' sums are
         return self.budget_weight * distance**2
 
     def _choose(
-        self, tokens: Tensor, scores: Tensor, progress: Tensor, stage: int, learned: nn.Module | None
+        self, tokens: Tensor, scores: Tensor, progress: Tensor, stage: int, learned: Any
     ) -> tuple[Chosen, StageCount]:
         """Which of the student's tokens (R, N, D) with similarities `scores` (R, N) stay."""
         if learned is None:
@@ -242,7 +244,7 @@ def blocks_macs(counts: Sequence[int | Tensor], setting: ReductionSetting) -> fl
     """
     width, stages = setting.hidden_size, iter(counts)
     tokens = next(stages) + setting.num_prefix
-    total = 0.0
+    total: float | Tensor = 0.0
     for block in range(setting.depth):
         total = total + 4 * tokens * width + 2 * tokens * tokens
         if block in setting.layers:
@@ -259,7 +261,8 @@ def pass_share(
     counts: of the global and then, if there are any, the local crops, patches before the first stage and after each.
     rows: number of crops of both kinds.
     """
-    spent, dense = 0.0, 0.0
+    spent: float | Tensor = 0.0
+    dense: float | Tensor = 0.0
     for of_kind, number, passes in zip(counts, rows, (_GLOBAL_PASSES, _LOCAL_PASSES), strict=False):
         spent = spent + number * passes * blocks_macs(of_kind, setting)
         dense += number * passes * blocks_macs([of_kind[0]] * len(of_kind), setting)

@@ -31,6 +31,10 @@ class TokenMap(ABC):
         """(rows, columns) of the output tokens, None where they form no grid."""
         return None
 
+    def sum_columns(self, columns: Tensor) -> Tensor:
+        """Plain sums over what goes into every output token, (R, n, E) to (R, m, E); of maps inside attention only."""
+        raise NotImplementedError(f"{type(self).__name__} is no map for tokens inside attention")
+
     def restore(self, after: Tensor, before: Tensor) -> Tensor:
         """Back to all tokens, (R, n, D): the output tokens `after` (R, m, D) copied to every token that went into
         them; a dropped token has what it had in `before` (R, n, D), when it left."""

@@ -64,11 +64,13 @@ class ToMeReducer(BranchReducer):
         merges = self._merges(count)
         if merges == 0:
             return Unchanged(seen.patches)
+        assert seen.attention is not None  # as `needs` says
         return merge_similar(seen.attention, seen.sizes, merges)
 
     def _merges(self, count: int) -> int:
         """How many of `count` tokens merge into another one."""
         if self.schedule == "every_layer":
+            assert self.r is not None  # which this schedule must have
             return min(self.r, count // 2)
         return count - keep_count(count, self.keep_rate)
 

@@ -31,6 +31,12 @@ class ReductionStep:
         self._tracked = torch.is_grad_enabled()
 
     @property
+    def found(self) -> TokenMap:
+        """What became of the patch tokens, once the block has called."""
+        assert self.map is not None
+        return self.map
+
+    @property
     def site(self) -> str:
         return self.reducer.site
 
@@ -104,7 +110,7 @@ class BranchWalk:
     @property
     def maps(self) -> list[TokenMap]:
         """What every stage so far did, in order."""
-        return [step.map for step in self.steps]
+        return [step.found for step in self.steps]
 
     def block(self, index: int, layer: nn.Module, tokens: Tensor, **kwargs) -> Tensor:
         """Tokens after block `index`, reduced if the reducer has a stage there; `kwargs` go to the block."""
@@ -129,13 +135,14 @@ class BranchWalk:
             return tokens
         patches = tokens[:, self.num_prefix :]
         for step in reversed(self._open):
-            patches = step.map.restore(patches, step.before)
+            assert step.before is not None  # a walk that restores records it
+            patches = step.found.restore(patches, step.before)
         self.grid, self.sizes = self._open[0].grid, self._open[0].sizes
         self._open = []
         return torch.cat([tokens[:, : self.num_prefix], patches], dim=1)
 
     def _take_over(self, step: ReductionStep) -> None:
-        prefix, found = self.num_prefix, step.map
+        prefix, found = self.num_prefix, step.found
         patches = found.sizes(None if self.sizes is None else self.sizes[:, prefix:])
         if patches is not None:
             patches = torch.cat([patches.new_ones(patches.shape[0], prefix), patches], dim=1)

@@ -19,8 +19,10 @@ from .make_arguments import make_arguments
     ],
 )
 def test_the_command_starts_the_run_from_its_beginning(resumed):
-    first = ["train_dino.py", "--seed", "1", "--output_dir", "out"]
-    assert command([*first[:3], *resumed, *first[3:]], {}) == command(first, {})
+    args = make_arguments()
+    first = ["recipes/train_dino.py", "--seed", "1", "--output_dir", "out"]
+    found = command([*first[:3], *resumed, *first[3:]], args, {})
+    assert found == "python recipes/train_dino.py --seed 1 --output_dir out"
 
 
 def test_limits_follow_from_the_run():

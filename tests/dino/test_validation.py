@@ -161,7 +161,7 @@ class TestValidation:
     def test_repository_defaults_to_the_folder_name(self):
         assert hub_model_id(make_arguments(output_dir="outputs/vit-dino/")) == "vit-dino"
         assert hub_model_id(make_arguments(hub_model_id="me/vit")) == "me/vit"
-        with pytest.raises(InputError, match="takes the name of --output_dir: a b cannot name"):
+        with pytest.raises(InputError, match="takes the name of the folder: a b cannot name"):
             validate(make_arguments(output_dir="a b", push_to_hub=True))
 
 

@@ -1,5 +1,7 @@
 """The folder of a Space: what is in it, what is not, and what is refused."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -49,6 +51,20 @@ def test_a_space_holds_the_package_the_model_some_images_and_how_to_start(tmp_pa
     required = (folder / "requirements.txt").read_text().split()
     assert any(line.startswith("torch") for line in required)
     assert not any(line.startswith(("pytest", "gradio", "ruff")) for line in required)
+
+
+def test_a_space_names_no_folder_of_this_machine(tmp_path, model_folder):
+    model = tmp_path / "home" / "tiny"
+    shutil.copytree(model_folder, model)
+    card = f'\n## Use\n\n```python\nmodel = AutoModel.from_pretrained("{model}")\n```\n'
+    (model / "README.md").write_text(card)
+    (model / "compression.json").write_text(json.dumps({"model": "/home/jane/vit"}))
+    (model / "other.json").write_text('{"a": "/home/jane/vit"}')
+    with pytest.warns(UserWarning, match="other.json names a folder of this machine, /home/jane"):
+        folder = space.write_space(tmp_path / "space", str(model)) / "models" / "tiny"
+    assert (folder / "README.md").read_text() == card.replace(str(model), "models/tiny")
+    assert json.loads((folder / "compression.json").read_text()) == {"model": "vit"}
+    assert json.loads((model / "compression.json").read_text()) == {"model": "/home/jane/vit"}
 
 
 def test_a_model_on_the_hub_is_named_and_not_copied(tmp_path):

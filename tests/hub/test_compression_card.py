@@ -44,6 +44,7 @@ BARE = CompressionCard(
 FULL = replace(
     BARE,
     stock=False,
+    original="someone/vit",
     base_model="someone/vit",
     dataset_id="someone/flowers",
     licence=Licence("apache-2.0"),
@@ -99,14 +100,20 @@ def test_cards_are_sound_whatever_they_tell():
         assert check_card(text) == [] and missing_parts(text) == []
 
 
+def test_a_network_made_from_another_one_names_both():
+    text = render_compression_card(replace(FULL, original="smaller"))
+    assert "smaller, made from [someone/vit](https://huggingface.co/someone/vit), with 10 of its 12 blocks" in text
+    assert ModelCard(text).data.base_model == "someone/vit"
+
+
 def test_a_network_that_keeps_all_blocks_says_that_parts_went():
     assert "with 12 of its 12 blocks, some of them in part" in render_compression_card(replace(BARE, kept=12))
 
 
 def test_access_tokens_never_reach_the_card():
-    secret = "hf_abcDEF123456"
-    text = render_compression_card(replace(FULL, command=f"hf-simprune compress m --token {secret}"))
-    assert secret not in text and "secret" not in text and "--token ***" in text
+    secret = "hf_" + "a1B2" * 9
+    text = render_compression_card(replace(FULL, command=f"hf-simprune compress hf_models/m {secret} --token short"))
+    assert secret not in text and "hf-simprune compress hf_models/m *** --token ***\n" in text
 
 
 def test_markdown_has_no_holes():

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from hf_simprune.hub.publish import Published
+from hf_simprune.hub.shared_files import shared_form
 
 from .client import ROOT, Client
 from .loopback import READ_TOKEN
@@ -39,9 +40,9 @@ def test_a_run_is_published_without_what_is_its_own(hub, client, finished_run):
     assert (done["url"], done["commit"]) == (f"{hub.url}/tester/digits", head.sha)
     assert (done["created"], done["unchanged"], done["pr_url"]) == (True, False, None)
     assert head.message == "the run"
-    assert {"checkpoint-10/", "logs/", "optimizer.pt", "notes.txt", "modeling_simprune_vit.py"} <= set(
-        done["left_out"]
-    )
+    left = {"checkpoint-10/", "logs/", "optimizer.pt", "notes.txt", "modeling_simprune_vit.py"}
+    left |= {f"training/{name}" for name in ("student/", "initial/", "trackers.json", "pruned_tokens.safetensors")}
+    assert left <= set(done["left_out"]) and "training/" not in done["left_out"]
     assert any(warning.startswith("README.md: ") for warning in done["warnings"])
     assert set(done) == {field.name for field in fields(Published)} | {"waits"}
 
@@ -55,6 +56,43 @@ def test_the_card_names_the_repository_where_it_named_the_folder(hub, client, ru
     assert published == card + use.replace('"digits"', '"tester/addressed"')
     assert (run_folder / "README.md").read_text() == card + use
     assert client.push(run_folder, "tester/addressed")["unchanged"]
+
+
+def test_folders_of_this_machine_stay_in_the_local_records_only(hub, client, run_folder):
+    card = '\n## Use\n\n```python\nmodel = AutoModel.from_pretrained("some/vit")\n```\n\n```bash\n{}\n```\n'
+    typed = "hf-simprune compress /home/jane/vit --output_dir '/home/jane/my runs/digits'"
+    record = {"model": "/home/jane/vit", "command": typed, "options": {"output_dir": "/home/jane/my runs/digits"}}
+    (run_folder / "README.md").write_text(card.format(typed))
+    (run_folder / "compression.json").write_text(json.dumps(record))
+    (run_folder / "training" / "arguments.yaml").write_text("dataset_name_or_path: ../images\nseed: 42\n")
+    (run_folder / "LICENSE.txt").write_text("see /home/jane/licence")
+    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+    done = client.push(run_folder, "tester/private-paths")
+    assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
+    files = hub.repos["tester/private-paths"]
+    short = "hf-simprune compress vit --output_dir digits"
+    assert files["README.md"].decode() == card.format(short), "what a person wrote under Use stays"
+    assert json.loads(files["compression.json"]) == {
+        "model": "vit",
+        "command": short,
+        "options": {"output_dir": "digits"},
+    }
+    assert files["training/arguments.yaml"] == b"dataset_name_or_path: images\nseed: 42\n"
+    told = [warning for warning in done["warnings"] if "this machine" in warning]
+    assert told == ["LICENSE.txt names a folder of this machine, /home/jane: others will read it"]
+    assert client.push(run_folder, "tester/private-paths")["unchanged"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("outputs/one", {"output_dir": "outputs/one"}), ("me/net", {"push_to_hub": True, "hub_model_id": "net"})],
+)
+def test_what_a_run_wrote_into_its_card_is_addressed_anew(run_folder, name, options):
+    card = '\n## Use\n\n```python\nmodel = AutoModel.from_pretrained("{}")\n```\n'
+    (run_folder / "README.md").write_text(card.format(name))
+    assert isinstance(shared_form("README.md", run_folder / "README.md", "you/two"), type(run_folder))
+    (run_folder / "training" / "arguments.yaml").write_text(json.dumps(options))
+    assert shared_form("README.md", run_folder / "README.md", "you/two") == card.format("you/two").encode()
 
 
 def test_the_same_content_makes_no_second_commit(hub, client, finished_run):
@@ -77,11 +115,16 @@ def test_only_what_changed_is_sent_and_what_an_earlier_version_left_goes(hub, cl
         save_file(part, run_folder / name)
     index = {"weight_map": {key: name for name, part in zip(names, parts, strict=True) for key in part}}
     (run_folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    hub.repositories["tester/changed"].commit("main", "by hand", {"notes.md": b"kept"})
+    for path in ("preprocessor_config.json", "loss_curve.png", "training/arguments.yaml", "training/run.json"):
+        (run_folder / path).unlink()
+    earlier = {".eval_results/ILSVRC--imagenet-1k--top1.yaml": b"- value: 0.9"}
+    theirs = {"notes.md": b"kept", ".eval_results/hle.yaml": b"- value: 0.1"}
+    hub.repositories["tester/changed"].commit("main", "by hand", earlier | theirs)
     before = len(hub.requests)
     done = client.push(run_folder, "tester/changed")
     files = hub.repos["tester/changed"]
-    assert set(files) == PUBLISHED - {"model.safetensors"} | {*names, "model.safetensors.index.json", "notes.md"}
+    kept = {".gitattributes", ".eval_results/benchmark.yaml", "README.md", "config.json", "metrics.jsonl"}
+    assert set(files) == kept | {*names, "model.safetensors.index.json", *theirs}
     assert files["metrics.jsonl"] == b'{"step": 2, "loss": 1.0}\n' and not done["unchanged"]
     assert len([request for request in hub.requests[before:] if request.startswith("PUT")]) == 2
 
@@ -100,8 +143,9 @@ def test_names_and_visibility(hub, client, finished_run, tmp_path):
     named = shutil.copytree(finished_run, tmp_path / "by-folder")
     assert client.push(named)["repo_id"] == "tester/by-folder"
     assert "tester/by-folder" not in hub.private
-    kind, message = client.refused(named, "tester/by-folder", private=True)
+    kind, message = client.refused(named, "tester/by-folder", private=True, message="the last one")
     assert kind == "InputError" and "exists and is public" in message
+    assert message.endswith(f"hf-simprune push {named} tester/by-folder --private --message 'the last one'")
     assert client.push(finished_run, "tester/bare")["unchanged"] and "tester/bare" in hub.private
 
 
@@ -124,6 +168,7 @@ def test_a_branch_is_written_to_if_it_is_there(hub, client, finished_run):
     assert kind == "InputError"
     assert message.startswith("--revision v2: tester/branches has no such branch")
     assert "hf repos branch create tester/branches v2" in message
+    assert message.endswith(f"hf-simprune push {finished_run} tester/branches --revision v2")
     repository = hub.repositories["tester/branches"]
     main = repository.resolve("main").sha
     repository.branches["v2"] = repository.branches["main"][:1]

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_simprune.hub.facts import Licence
+from hf_simprune.hub.facts import Licence, licence_of
 from hf_simprune.rba.arguments import CompressArguments
-from hf_simprune.rba.card import benchmark_notes, eval_results, final_comparison, limits, protocol
+from hf_simprune.rba.card import benchmark_notes, eval_results, final_comparison, limits, origin, protocol
 from hf_simprune.rba.comparison import Accuracy, Comparison
 
 
@@ -64,6 +64,18 @@ def test_every_row_of_the_table_says_what_it_was_measured_on():
     assert rows["KL of the logits, nats"] == rows["same class as the original"] == "166 images"
     assert rows["latency of one image, ms (CPU)"] == "30 rounds" and rows["parameters, M"] == ""
     assert [row[:4] for row in FOUND.card_rows()] == FOUND.rows()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "base"), [("base_model: a/vit", "a/vit"), ("base_model: [a/vit]", "a/vit"), ("base_model: /x", None)]
+)
+def test_a_network_compressed_before_keeps_its_origin_and_has_no_licence_yet(args, tmp_path, metadata, base):
+    folder = tmp_path / "smaller"
+    folder.mkdir()
+    (folder / "README.md").write_text(f"---\n{metadata}\nlicense: unknown\n---\n# A title\n")
+    assert origin(replace(args, model_name_or_path=str(folder))) == ("smaller", base)
+    assert origin(replace(args, model_name_or_path=str(folder), base_model_id="b/copy")) == ("b/copy", "b/copy")
+    assert origin(args) == ("some/vit", "some/vit") and licence_of(str(folder)) is None
 
 
 def test_limits_and_protocol_follow_from_the_run():

@@ -215,6 +215,8 @@ class TestMethods:
         (entry,) = yaml.safe_load((tmp_path / "out/.eval_results/some--shapes--default.yaml").read_text())
         assert entry["dataset"] == {"id": "some/shapes", "task_id": "default"}
         assert entry["value"] == round(record["training_free"]["retrained"]["compressed"], 4)
+        assert "On 7 images of other.parquet (train);" in card and str(tmp_path) not in card.split("## Use")[0]
+        assert str(tmp_path) not in card.split("## Results")[1]
         assert "7 images of train" in entry["notes"] and data.eval_results[0].dataset_type == "some/shapes"
         assert record["training_free"]["images"] == 7
         assert "7 images of other.parquet (train)" in record["data"]["evaluated_on"]

@@ -80,6 +80,7 @@ def test_a_split_of_its_own_is_drawn_from_its_own_stream(tmp_path: Path):
     assert len(images.training.rows) == 12 and len(images.evaluation.rows) == 46 - 12
     assert not set(content(images.training)) & set(content(images.evaluation))
     assert len(images.notes) == 3 and "train and other do not both name their classes" in images.notes[2]
+    assert images.evaluated_on.startswith("34 images of other (train), without ")
 
 
 def test_an_analysis_is_that_of_the_held_rows_as_a_data_set(tmp_path: Path, monkeypatch, capsys):

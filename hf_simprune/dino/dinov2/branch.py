@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """DINOv2's two branches: the student sees masked global crops, the teacher whole ones, and both have patch heads."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
+from ...models.dinov2 import SimPruneDinov2Model
 from ...reduction.base import BranchReducer, PairSelection, TokenReducer
 from ...reduction.masked_pairs import pair_masked, validate_masked_policy
 from ...reduction.methods import METHODS
 from ...reduction.simprune import SimPruneReducer
 from ...reduction.token_maps import Kept, TokenMap
 from ..branch_passes import Backbone, grid_of, walk_alone, walk_in_lockstep
-from ..dual_branch import Branch, DualBranch, DualOutput, Passes
+from ..dual_branch import Branch, DualBranch, Passes, kept_indices
 from .masked_tokens import MaskedTokens
 
 
@@ -48,7 +50,10 @@ class Dinov2Output(NamedTuple):
     patches_per_view: Tensor
     masked_tokens: Tensor
 
-    kept = DualOutput.kept
+    @property
+    def kept(self) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
+        """As `DualOutput.kept`."""
+        return kept_indices(self.maps)
 
 
 class Dinov2DualBranch(DualBranch):
@@ -64,6 +69,9 @@ class Dinov2DualBranch(DualBranch):
         InputError: unknown policy, or a method that merges tokens.
     """
 
+    student: Dinov2Branch
+    teacher: Dinov2Branch
+
     def __init__(
         self,
         student: Dinov2Branch,
@@ -76,7 +84,7 @@ class Dinov2DualBranch(DualBranch):
         super().__init__(student, teacher, reducer)
         self.masked_policy = masked_policy
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         global_crops: Tensor,
         local_crops: Tensor | None,
@@ -127,7 +135,8 @@ class Dinov2DualBranch(DualBranch):
         student, student_maps = self._walk(self.student, embed_masked(net, global_crops, tracked.masks), grid)
         for student_map, teacher_map in zip(student_maps, teacher_maps, strict=True):
             tracked.reduce(student_map, teacher_map)
-        local, local_maps = None, []
+        local: Tensor | None = None
+        local_maps: Sequence[TokenMap | None] = []
         if local_crops is not None:
             local, local_maps = self._alone(self.student, local_crops)
         # CLS of a local crop may not depend on a stage in the last block
@@ -135,13 +144,15 @@ class Dinov2DualBranch(DualBranch):
         return Passes(student, teacher, local, tuple(zip(student_maps, teacher_maps, local_maps, strict=True)))
 
     def _walk(self, branch: Dinov2Branch, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, list[TokenMap]]:
+        assert isinstance(self.reducer, BranchReducer)
         return walk_alone(branch.backbone, tokens, grid, self.reducer, branch.reduction, whole=True)
 
     def _in_lockstep_masked(
         self, global_crops: Tensor, local_crops: Tensor | None, progress: Tensor, tracked: MaskedTokens
     ) -> Passes:
         student_net, teacher_net = self.student.backbone, self.teacher.backbone
-        reducer, learned = self.reducer, self.student.reduction
+        reducer: Any = self.reducer  # a `PairReducer`, if any
+        learned = self.student.reduction
 
         def select(student: Tensor, teacher: Tensor, stage: int) -> PairSelection:
             if isinstance(reducer, SimPruneReducer):
@@ -190,7 +201,7 @@ def ensure_mask_token(backbone: Backbone) -> None:
 
 def embed_masked(backbone: Backbone, crops: Tensor, masks: Tensor) -> Tensor:
     """`backbone.embed` with the mask token in the place of masked patches, before positions are added."""
-    if "dinov2" in backbone.config.model_type:
+    if isinstance(backbone, SimPruneDinov2Model):
         return backbone.embed(crops, masks=masks)
     embeddings = backbone.embeddings
     same_size = tuple(crops.shape[-2:]) == tuple(embeddings.image_size)

@@ -4,10 +4,12 @@
 M masked patch tokens, K prototypes, V student views, B images.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..loss import TeacherTargets
@@ -76,7 +78,7 @@ class _RowsOfAllRanks(torch.autograd.Function):
     """(B, D) of every rank, one below the other; a rank's rows get the sum of the gradients from all ranks."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.count = len(rows)
         parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, rows.contiguous())
@@ -84,7 +86,7 @@ class _RowsOfAllRanks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total = gradient.contiguous()
         dist.all_reduce(total)
         return total[dist.get_rank() * ctx.count :][: ctx.count]

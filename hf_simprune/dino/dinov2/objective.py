@@ -79,7 +79,8 @@ class Dinov2Objective(Objective):
         )
         koleo = dino.new_zeros(())
         if self.koleo_weight:
-            koleo = sum(koleo_loss(view) for view in output.student_cls.chunk(2)).to(self.dtype)
+            first, second = output.student_cls.chunk(2)
+            koleo = (koleo_loss(first) + koleo_loss(second)).to(self.dtype)
         loss = self.dino_weight * dino + self.ibot_weight * ibot + self.koleo_weight * koleo
 
         masked = output.masked_tokens.to(self.dtype) / global_views

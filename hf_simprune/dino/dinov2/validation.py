@@ -75,6 +75,7 @@ def _check_masked_policy(args: DinoArguments, sizes: Geometry) -> None:
             f"--masked_policy keep: it belongs to --token_reduction simprune, not to {args.token_reduction}"
         )
     patches, places = sizes.global_counts[0], sizes.global_counts[-1]
+    assert masking is not None  # this objective masks
     if masking.most_masked > places:
         raise InputError(
             f"--masked_policy keep: --mask_ratio_max {args.mask_ratio_max:g} masks up to {masking.most_masked} of "

@@ -73,14 +73,18 @@ class ConstMap(nn.Module):
 class LinearAttention(LinearMap):
     """A linear map of each token where attention was; there are no attention weights."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple:
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
         return super().forward(hidden_states), None
 
 
 class ConstAttention(ConstMap):
     """The same vector for every token where attention was; there are no attention weights."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple:
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
         return super().forward(hidden_states), None
 
 

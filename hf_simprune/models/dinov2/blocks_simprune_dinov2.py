@@ -104,9 +104,8 @@ def on_kept_samples(half: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`half` computed for the samples that stochastic depth keeps only; the others pass by unchanged."""
 
     def run(layer: Dinov2Layer, hidden_states: Tensor, scale: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        rows = None if scale is None else scale.flatten().nonzero().squeeze(1)
         # With no sample left all are computed, times zero: every parameter gets a gradient at every step.
-        if rows is None or not len(rows):
+        if scale is None or not len(rows := scale.flatten().nonzero().squeeze(1)):
             return half(layer, hidden_states, scale, *args, **kwargs)
         if args and args[0] is not None and len(args[0]) > 1:  # the attention mask of the attention half
             args = (args[0].index_select(0, rows), *args[1:])

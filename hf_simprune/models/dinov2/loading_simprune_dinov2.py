@@ -2,12 +2,14 @@
 """`from_pretrained` of the SimPrune DINOv2: from own and stock checkpoints, every weight or an error."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Dinov2Config, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
+
+from .configuration_simprune_dinov2 import SimPruneDinov2Config
 
 
 logger = logging.get_logger(__name__)
@@ -26,9 +28,17 @@ _PLACEMENT_ARGUMENTS = (
 _INIT_ARGUMENTS = ("add_pooling_layer",)
 
 
-class StrictLoading:
+# What a class with `StrictLoading` has beside it, and leaves the place behind it to.
+if TYPE_CHECKING:
+    _Beside = PreTrainedModel
+else:
+    _Beside = object
+
+
+class StrictLoading(_Beside):
     """Comes before the stock class among the bases of a model; `_stock_class` is the stock model of its kind."""
 
+    config_class: type[SimPruneDinov2Config]
     _stock_class: type[PreTrainedModel]
 
     @classmethod
@@ -67,23 +77,25 @@ class StrictLoading:
         cls,
         name: str | os.PathLike | None,
         *model_args: Any,
-        config: PreTrainedConfig | str | os.PathLike | None,
+        config: Any,
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
         explicit_depth = config is not None or "num_hidden_layers" in kwargs
-        own_type, stock_type = cls.config_class.model_type, cls._stock_class.config_class.model_type
+        own_type, stock_type = cls.config_class.model_type, Dinov2Config.model_type
         model_type = own_type if name is None else _find_model_type(name, config, hub, stock_type)
         if model_type not in (own_type, stock_type):
             raise ValueError(
                 f"{name} holds a model of type {model_type!r}: {cls.__name__} loads {stock_type!r} and {own_type!r}"
             )
-        if isinstance(config, cls._stock_class.config_class) and not isinstance(config, cls.config_class):
+        if isinstance(config, Dinov2Config) and not isinstance(config, cls.config_class):
             config = cls.config_class.from_stock(config)
-        if model_type == stock_type:
+        if name is not None and model_type == stock_type:
             model, info = cls._from_stock_checkpoint(name, *model_args, config=config, **kwargs)
         else:
-            model, info = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
+            # Any: transformers declares a model, which it is without `output_loading_info`.
+            loaded: Any = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
+            model, info = loaded
         depth = model.config.num_hidden_layers if explicit_depth else None
         _check_loaded(cls.__name__, name, info, cls.base_model_prefix, depth)
         return model, info
@@ -93,7 +105,7 @@ class StrictLoading:
         cls,
         name: str | os.PathLike,
         *model_args: Any,
-        config: PreTrainedConfig | str | os.PathLike | None,
+        config: Any,
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Read with the stock class, which knows every tensor name there has been, then hand over in memory."""
@@ -107,10 +119,11 @@ class StrictLoading:
         if config.token_reduction is not None:
             with torch.device("meta"):
                 cls(config)  # what cannot be done is said before weights are fetched
-        stock, info = cls._stock_class.from_pretrained(
+        loaded: Any = cls._stock_class.from_pretrained(
             name, *model_args, config=config.to_stock(ignore_reduction=True), output_loading_info=True, **kwargs
         )
-        model, handed_over = super().from_pretrained(
+        stock, info = loaded
+        loaded = super().from_pretrained(
             None,
             *model_args,
             config=config,
@@ -120,6 +133,7 @@ class StrictLoading:
             **placement,
             **init_arguments,
         )
+        model, handed_over = loaded
         lost = {key: sorted(map(str, keys)) for key, keys in handed_over.items() if keys}
         if lost:
             raise ValueError(f"{cls.__name__} could not take over all weights of {name}: {lost}")

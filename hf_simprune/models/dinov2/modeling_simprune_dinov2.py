@@ -32,6 +32,9 @@ class SimPruneDinov2Layer(Dinov2Layer):
     `spec`, an entry of `block_maps`, says which halves are maps; these have no LayerScale.
     """
 
+    layer_scale1: Any  # a LayerScale, or none where the half is a map
+    layer_scale2: Any
+
     def __init__(self, config: SimPruneDinov2Config, drop_path_rate: float = 0.0, spec: dict | None = None) -> None:
         super().__init__(config)
         self.drop_path = nn.Identity()  # the stock block's, which has one rate for all blocks
@@ -97,7 +100,7 @@ class SimPruneDinov2Layer(Dinov2Layer):
 class SimPruneDinov2PreTrainedModel(StrictLoading, Dinov2PreTrainedModel):
     """What encoder, model and classifier share: initialisation, and loading that never leaves a block random."""
 
-    config_class = SimPruneDinov2Config
+    config_class: type[SimPruneDinov2Config] = SimPruneDinov2Config
     config: SimPruneDinov2Config
     _no_split_modules = ["Dinov2Embeddings", "SimPruneDinov2Layer", "SimPruneDinov2MapLayer"]
     _can_record_outputs = {"hidden_states": [Dinov2Layer, SimPruneDinov2MapLayer], "attentions": Dinov2Attention}
@@ -112,7 +115,8 @@ class SimPruneDinov2PreTrainedModel(StrictLoading, Dinov2PreTrainedModel):
         if isinstance(module, nn.Conv2d):
             bound = (module.in_channels * module.kernel_size[0] * module.kernel_size[1]) ** -0.5
             init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
 
 
 def _build_layer(config: SimPruneDinov2Config, index: int) -> SimPruneDinov2Layer | SimPruneDinov2MapLayer:
@@ -125,7 +129,9 @@ def _build_layer(config: SimPruneDinov2Config, index: int) -> SimPruneDinov2Laye
 def _build_reducer(config: SimPruneDinov2Config, num_prefix: int, grid: tuple[int, int]) -> BranchReducer | None:
     """What `config` says of token reduction, None if nothing. Raises `ValueError` for what cannot be done."""
     reducer = reducer_of(config, INFERENCE_METHODS, num_prefix, grid)
-    for index in reducer.layers if reducer is not None else ():
+    if reducer is None:
+        return None
+    for index in reducer.layers:
         spec = (config.block_maps or {}).get(str(index), {"kind": "block", "attention": "full"})
         if spec["kind"] != "block":
             raise ValueError(f"reduction layer {index}: block_maps replaces it, and a map has no halves")
@@ -187,6 +193,7 @@ class SimPruneDinov2Model(SimPruneDinov2PreTrainedModel, Dinov2Model):
     def _forward_reduced(
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
+        assert self.reducer is not None  # `forward` goes here with one only
         tokens = self.embeddings(pixel_values, bool_masked_pos)
         grid = self._grid(*pixel_values.shape[-2:])
         walk = BranchWalk(self.reducer, self.num_prefix_tokens, grid, records_before=self.config.restore_tokens)
@@ -229,7 +236,7 @@ class SimPruneDinov2Model(SimPruneDinov2PreTrainedModel, Dinov2Model):
         """Compile the blocks in place; `kwargs` go to `torch.compile`. All blocks share the compiled graphs."""
         # With and without gradient, scales and each crop size is a graph of its own: more than the default of eight.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-        compiled = BlockFunctions(*(torch.compile(function, **kwargs) for function in PLAIN))
+        compiled = BlockFunctions._make(torch.compile(function, **kwargs) for function in PLAIN)
         for layer in self.layers:
             if isinstance(layer, SimPruneDinov2Layer):  # a map is no more than a product or two
                 layer.functions = compiled

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit.modeling_vit import (
     ViTAttention,
     ViTEmbeddings,
@@ -110,14 +111,14 @@ class SimPruneViTLayer(ViTLayer):
 class SimPruneViTPreTrainedModel(ViTPreTrainedModel):
     """What the model and the classifier share: initialisation, and loading that never leaves a block random."""
 
-    config_class = SimPruneViTConfig
+    config_class: type[SimPruneViTConfig] = SimPruneViTConfig
     config: SimPruneViTConfig
     _no_split_modules = ["ViTEmbeddings", "SimPruneViTLayer", "SimPruneViTMapLayer"]
     _can_record_outputs = {"hidden_states": [ViTLayer, SimPruneViTMapLayer], "attentions": ViTAttention}
     _stock_class: type[ViTPreTrainedModel]
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         """As DINO: truncated normal for linear layers, tokens and positions, torch's own for the patch projection."""
         super()._init_weights(module)
         std = self.config.initializer_range
@@ -126,7 +127,8 @@ class SimPruneViTPreTrainedModel(ViTPreTrainedModel):
         elif isinstance(module, nn.Conv2d):
             bound = (module.in_channels * module.kernel_size[0] * module.kernel_size[1]) ** -0.5
             init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, ViTEmbeddings):
             for name, parameter in module.named_parameters(recurse=False):
                 if name != "mask_token":
@@ -168,24 +170,26 @@ class SimPruneViTPreTrainedModel(ViTPreTrainedModel):
         cls,
         name: str | os.PathLike | None,
         *model_args: Any,
-        config: PreTrainedConfig | str | os.PathLike | None,
+        config: Any,
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
         explicit_depth = config is not None or "num_hidden_layers" in kwargs
         model_type = cls.config_class.model_type if name is None else _find_model_type(name, config, hub)
-        stock_type = cls._stock_class.config_class.model_type
+        stock_type = ViTConfig.model_type
         if model_type not in (cls.config_class.model_type, stock_type):
             raise ValueError(
                 f"{name} holds a model of type {model_type!r}: {cls.__name__} loads {stock_type!r} and "
                 f"{cls.config_class.model_type!r}"
             )
-        if isinstance(config, cls._stock_class.config_class) and not isinstance(config, cls.config_class):
+        if isinstance(config, ViTConfig) and not isinstance(config, cls.config_class):
             config = cls.config_class.from_stock(config)
-        if model_type == stock_type:
+        if name is not None and model_type == stock_type:
             model, info = cls._from_stock_checkpoint(name, *model_args, config=config, **kwargs)
         else:
-            model, info = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
+            # Any: transformers declares a model, which it is without `output_loading_info`.
+            loaded: Any = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
+            model, info = loaded
         depth = model.config.num_hidden_layers if explicit_depth else None
         _check_loaded(cls.__name__, name, info, cls.base_model_prefix, depth)
         return model, info
@@ -195,7 +199,7 @@ class SimPruneViTPreTrainedModel(ViTPreTrainedModel):
         cls,
         name: str | os.PathLike,
         *model_args: Any,
-        config: PreTrainedConfig | str | os.PathLike | None,
+        config: Any,
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Read with the stock class, which knows every tensor name there has been, then hand over in memory."""
@@ -208,11 +212,12 @@ class SimPruneViTPreTrainedModel(ViTPreTrainedModel):
         if config.token_reduction is not None:
             with torch.device("meta"):
                 cls(config)  # what cannot be done is said before weights are fetched
-        stock, info = cls._stock_class.from_pretrained(
+        loaded: Any = cls._stock_class.from_pretrained(
             name, *model_args, config=config.to_stock(ignore_reduction=True), output_loading_info=True, **kwargs
         )
+        stock, info = loaded
         init_arguments = {key: kwargs[key] for key in _INIT_ARGUMENTS if key in kwargs}
-        model, handed_over = super().from_pretrained(
+        loaded = super().from_pretrained(
             None,
             *model_args,
             config=config,
@@ -222,6 +227,7 @@ class SimPruneViTPreTrainedModel(ViTPreTrainedModel):
             **placement,
             **init_arguments,
         )
+        model, handed_over = loaded
         lost = {key: sorted(map(str, keys)) for key, keys in handed_over.items() if keys}
         if lost:
             raise ValueError(f"{cls.__name__} could not take over all weights of {name}: {lost}")
@@ -239,7 +245,7 @@ def _find_model_type(name: str | os.PathLike, config: Any, hub: dict[str, Any]) 
         values = {}
     if not values and config is None:
         raise ValueError(f"{name} has no config.json: give the configuration of its weights as config")
-    return values.get("model_type", ViTPreTrainedModel.config_class.model_type)
+    return values.get("model_type", ViTConfig.model_type)
 
 
 def _check_loaded(
@@ -283,7 +289,9 @@ def _build_layer(config: SimPruneViTConfig, index: int) -> SimPruneViTLayer | Si
 def _build_reducer(config: SimPruneViTConfig, num_prefix: int, grid: tuple[int, int]) -> BranchReducer | None:
     """What `config` says of token reduction, None if nothing. Raises `ValueError` for what cannot be done."""
     reducer = reducer_of(config, INFERENCE_METHODS, num_prefix, grid)
-    for index in reducer.layers if reducer is not None else ():
+    if reducer is None:
+        return None
+    for index in reducer.layers:
         spec = (config.block_maps or {}).get(str(index), {"kind": "block", "attention": "full"})
         if spec["kind"] != "block":
             raise ValueError(f"reduction layer {index}: block_maps replaces it, and a map has no halves")
@@ -334,6 +342,7 @@ class SimPruneViTModel(SimPruneViTPreTrainedModel, ViTModel):
         interpolate_pos_encoding: bool | None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
+        assert self.reducer is not None  # `forward` goes here with one only
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         tokens = self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)
         grid = self._grid(*pixel_values.shape[-2:])
@@ -369,7 +378,7 @@ class SimPruneViTModel(SimPruneViTPreTrainedModel, ViTModel):
         """Compile the blocks in place; `kwargs` go to `torch.compile`. All blocks share the compiled graphs."""
         # With and without gradient, scales and each crop size is a graph of its own: more than the default of eight.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-        compiled = BlockFunctions(*(torch.compile(function, **kwargs) for function in PLAIN))
+        compiled = BlockFunctions._make(torch.compile(function, **kwargs) for function in PLAIN)
         for layer in self.layers:
             if isinstance(layer, SimPruneViTLayer):  # a map is no more than a product or two
                 layer.functions = compiled

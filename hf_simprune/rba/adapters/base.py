@@ -41,7 +41,7 @@ class Adapter(ABC):
 
     @property
     @abstractmethod
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         """The module that holds embeddings, blocks and final norm: the backbone or the vision tower."""
 
     @property
@@ -83,6 +83,10 @@ class Adapter(ABC):
         """The halves of block `b` that are there in full, of ("attention", "mlp"); () for a map module."""
         return BOTH_HALVES
 
+    def layer(self, b: int) -> Any:
+        """Block `b` as the module it is, whose parts each family names in its own way."""
+        return self.layers[b]
+
     def is_block(self, b: int) -> bool:
         """Whether block `b` has two halves, full or replaced, so that the four functions of halves work on it."""
         return True
@@ -98,7 +102,7 @@ class Adapter(ABC):
 
     def block(self, b: int, h: Tensor, context: Any) -> Tensor:
         """`hidden_states[b]` to `hidden_states[b + 1]`, by the block itself: bit-equal to the model's own forward."""
-        return self.layers[b](h, None)
+        return self.layer(b)(h, None)
 
     @abstractmethod
     def attention_input(self, b: int, h: Tensor) -> Tensor:
@@ -173,7 +177,7 @@ def module_forward(adapter: Adapter, pixel_values: Tensor) -> Tensor:
 
 
 def attend_first(
-    attention: nn.Module,
+    attention: Any,
     projections: tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear],
     x: Tensor,
     queries: int,
@@ -210,4 +214,4 @@ def differs(pixel_values: Tensor, size: tuple[int, int]) -> bool:
 
 def classifier_head(model: PreTrainedModel, classes: tuple[type, ...]) -> str:
     """The `head` of a family whose only head is a classifier, present where there are labels."""
-    return "classifier" if isinstance(model, classes) and model.config.num_labels > 0 else "none"
+    return "classifier" if isinstance(model, classes) and (model.config.num_labels or 0) > 0 else "none"

@@ -20,10 +20,11 @@ class CLIPAdapter(Adapter):
     """The text tower is never touched; `output` of a model with a projection is the projected image embedding."""
 
     family = "clip"
+    model: Any  # of one of these classes
     classes = (CLIPVisionModel, CLIPVisionModelWithProjection, CLIPModel, CLIPForImageClassification)
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         return self.model if isinstance(self.model, CLIPVisionModel) else self.model.vision_model
 
     @property
@@ -50,20 +51,20 @@ class CLIPAdapter(Adapter):
         return self.tower.pre_layrnorm(embeddings), None
 
     def attention_input(self, b: int, h: Tensor) -> Tensor:
-        return self.layers[b].layer_norm1(h)
+        return self.layer(b).layer_norm1(h)
 
     def attention_write(self, b: int, x: Tensor, context: Any, queries: int | None = None) -> Tensor:
-        attention = self.layers[b].self_attn
+        attention = self.layer(b).self_attn
         if queries is None:
             return attention(x)[0]
         projections = attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj
         return attend_first(attention, projections, x, queries, attention.scale, eager_attention_forward)
 
     def mlp_input(self, b: int, y: Tensor) -> Tensor:
-        return self.layers[b].layer_norm2(y)
+        return self.layer(b).layer_norm2(y)
 
     def mlp_write(self, b: int, x: Tensor) -> Tensor:
-        return self.layers[b].mlp(x)
+        return self.layer(b).mlp(x)
 
     def features(self, h: Tensor) -> Tensor:
         return self.tower.post_layernorm(h[:, 0])
@@ -82,4 +83,4 @@ class CLIPAdapter(Adapter):
         return config if alone else config.vision_config
 
     def mlp_output(self, b: int) -> nn.Linear:
-        return self.layers[b].mlp.fc2
+        return self.layer(b).mlp.fc2

@@ -14,6 +14,7 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersForImageClassification,
     Dinov2WithRegistersModel,
+    PreTrainedModel,
 )
 from transformers.models.dinov2 import modeling_dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers
@@ -25,7 +26,8 @@ class Dinov2Adapter(Adapter):
     """[`Dinov2Model`] and [`Dinov2ForImageClassification`], with either of their two MLPs, and what is derived."""
 
     family = "dinov2"
-    classes = (Dinov2Model, Dinov2ForImageClassification)
+    model: Any  # of one of these classes
+    classes: ClassVar[tuple[type[PreTrainedModel], ...]] = (Dinov2Model, Dinov2ForImageClassification)
     # A block, its attention, its two kinds of MLP.
     parts: ClassVar[tuple[type, type, type, type]] = (
         modeling_dinov2.Dinov2Layer,
@@ -38,7 +40,7 @@ class Dinov2Adapter(Adapter):
     scales = {"attention": "layer_scale1", "mlp": "layer_scale2"}
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         return self.model.base_model
 
     @property
@@ -59,23 +61,24 @@ class Dinov2Adapter(Adapter):
         return None if isinstance(self.model, self.classes[1:]) else self.num_prefix_tokens
 
     def is_block(self, b: int) -> bool:
-        return isinstance(self.layers[b], self.parts[0])
+        return isinstance(self.layer(b), self.parts[0])
 
     def halves(self, b: int) -> tuple[str, ...]:
         if not self.is_block(b):
             return ()
         _, attention, *mlps = self.parts
-        found = {"attention": (self.layers[b].attention, attention), "mlp": (self.layers[b].mlp, tuple(mlps))}
+        found: dict[str, tuple[nn.Module, type | tuple[type, ...]]]
+        found = {"attention": (self.layer(b).attention, attention), "mlp": (self.layer(b).mlp, tuple(mlps))}
         return tuple(half for half, (module, full) in found.items() if isinstance(module, full))
 
     def embed(self, pixel_values: Tensor) -> tuple[Tensor, Any]:
         return self.tower.embeddings(pixel_values), None
 
     def attention_input(self, b: int, h: Tensor) -> Tensor:
-        return self.layers[b].norm1(h)
+        return self.layer(b).norm1(h)
 
     def attention_write(self, b: int, x: Tensor, context: Any, queries: int | None = None) -> Tensor:
-        attention = self.layers[b].attention
+        attention = self.layer(b).attention
         if queries is None:
             update = attention(x)[0]
         elif "attention" not in self.halves(b):
@@ -83,13 +86,13 @@ class Dinov2Adapter(Adapter):
         else:
             projections = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
             update = attend_first(attention, projections, x, queries, attention.scaling, self.eager)
-        return self.layers[b].layer_scale1(update)
+        return self.layer(b).layer_scale1(update)
 
     def mlp_input(self, b: int, y: Tensor) -> Tensor:
-        return self.layers[b].norm2(y)
+        return self.layer(b).norm2(y)
 
     def mlp_write(self, b: int, x: Tensor) -> Tensor:
-        return self.layers[b].layer_scale2(self.layers[b].mlp(x))
+        return self.layer(b).layer_scale2(self.layer(b).mlp(x))
 
     def features(self, h: Tensor) -> Tensor:
         return self.tower.layernorm(h[:, 0])
@@ -103,11 +106,12 @@ class Dinov2Adapter(Adapter):
         return self.model.classifier(torch.cat([self.features(h), self.dense(h).mean(dim=1)], dim=1))
 
     def mlp_output(self, b: int) -> nn.Linear:
-        mlp = self.layers[b].mlp
-        return mlp.down_proj if isinstance(mlp, self.parts[3]) else mlp.fc2
+        mlp = self.layer(b).mlp
+        gated = isinstance(mlp, self.parts[3])
+        return mlp.down_proj if gated else mlp.fc2
 
     def mlp_scale(self, b: int) -> nn.Parameter | None:
-        return self.layers[b].layer_scale2.lambda1
+        return self.layer(b).layer_scale2.lambda1
 
 
 class Dinov2WithRegistersAdapter(Dinov2Adapter):

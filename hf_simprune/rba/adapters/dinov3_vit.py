@@ -14,10 +14,11 @@ class DINOv3ViTAdapter(Adapter):
     """[`DINOv3ViTModel`]; the context of a forward pass is the cosine and sine of the rotary positions."""
 
     family = "dinov3_vit"
+    model: DINOv3ViTModel
     classes = (DINOv3ViTModel,)
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         return self.model  # `base_model` would be the encoder, which is called "model" in this family
 
     @property
@@ -37,13 +38,13 @@ class DINOv3ViTAdapter(Adapter):
         return self.model.embeddings(pixel_values), self.model.rope_embeddings(pixel_values)
 
     def block(self, b: int, h: Tensor, context: Any) -> Tensor:
-        return self.layers[b](h, position_embeddings=context)
+        return self.layer(b)(h, position_embeddings=context)
 
     def attention_input(self, b: int, h: Tensor) -> Tensor:
-        return self.layers[b].norm1(h)
+        return self.layer(b).norm1(h)
 
     def attention_write(self, b: int, x: Tensor, context: Any, queries: int | None = None) -> Tensor:
-        attention = self.layers[b].attention
+        attention = self.layer(b).attention
         # The first tokens carry no rotary position, as long as they are prefix tokens.
         if queries is None or queries > self.num_prefix_tokens:
             update = attention(x, position_embeddings=context)[0][:, :queries]
@@ -58,13 +59,13 @@ class DINOv3ViTAdapter(Adapter):
                 eager_attention_forward,
                 rotate_keys=lambda key: apply_rotary_pos_emb(key, key, *context)[1],
             )
-        return self.layers[b].layer_scale1(update)
+        return self.layer(b).layer_scale1(update)
 
     def mlp_input(self, b: int, y: Tensor) -> Tensor:
-        return self.layers[b].norm2(y)
+        return self.layer(b).norm2(y)
 
     def mlp_write(self, b: int, x: Tensor) -> Tensor:
-        return self.layers[b].layer_scale2(self.layers[b].mlp(x))
+        return self.layer(b).layer_scale2(self.layer(b).mlp(x))
 
     def features(self, h: Tensor) -> Tensor:
         return self.model.norm(h[:, 0])
@@ -76,7 +77,7 @@ class DINOv3ViTAdapter(Adapter):
         return self.features(h)
 
     def mlp_output(self, b: int) -> nn.Linear:
-        return self.layers[b].mlp.down_proj
+        return self.layer(b).mlp.down_proj
 
     def mlp_scale(self, b: int) -> nn.Parameter | None:
-        return self.layers[b].layer_scale2.lambda1
+        return self.layer(b).layer_scale2.lambda1

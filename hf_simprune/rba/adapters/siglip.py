@@ -16,7 +16,7 @@ class SiglipAdapter(Adapter):
     classes = (SiglipVisionModel, SiglipModel, SiglipForImageClassification)
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         return self.model if isinstance(self.model, SiglipVisionModel) else self.model.vision_model
 
     @property
@@ -42,16 +42,16 @@ class SiglipAdapter(Adapter):
         return self.tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate), None
 
     def attention_input(self, b: int, h: Tensor) -> Tensor:
-        return self.layers[b].layer_norm1(h)
+        return self.layer(b).layer_norm1(h)
 
     def attention_write(self, b: int, x: Tensor, context: Any, queries: int | None = None) -> Tensor:
-        return self.layers[b].self_attn(x)[0][:, :queries]
+        return self.layer(b).self_attn(x)[0][:, :queries]
 
     def mlp_input(self, b: int, y: Tensor) -> Tensor:
-        return self.layers[b].layer_norm2(y)
+        return self.layer(b).layer_norm2(y)
 
     def mlp_write(self, b: int, x: Tensor) -> Tensor:
-        return self.layers[b].mlp(x)
+        return self.layer(b).mlp(x)
 
     def features(self, h: Tensor) -> Tensor:
         tokens = self.tower.post_layernorm(h)
@@ -70,4 +70,4 @@ class SiglipAdapter(Adapter):
         return config if alone else config.vision_config
 
     def mlp_output(self, b: int) -> nn.Linear:
-        return self.layers[b].mlp.fc2
+        return self.layer(b).mlp.fc2

@@ -4,7 +4,7 @@
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import ViTForImageClassification, ViTModel
+from transformers import PreTrainedModel, ViTForImageClassification, ViTModel
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP, eager_attention_forward
 
 from .base import Adapter, attend_first, classifier_head, differs
@@ -14,12 +14,13 @@ class ViTAdapter(Adapter):
     """[`ViTModel`] and [`ViTForImageClassification`], and what is derived from them."""
 
     family = "vit"
-    classes = (ViTModel, ViTForImageClassification)
+    model: Any  # of one of these classes
+    classes: ClassVar[tuple[type[PreTrainedModel], ...]] = (ViTModel, ViTForImageClassification)
     parts: ClassVar[tuple[type, type, type]] = (ViTLayer, ViTAttention, ViTMLP)  # a block, its halves in full
     norms = {"attention": "layernorm_before", "mlp": "layernorm_after"}
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         return self.model.base_model
 
     @property
@@ -36,13 +37,13 @@ class ViTAdapter(Adapter):
         return classifier_head(self.model, self.classes[1:])
 
     def is_block(self, b: int) -> bool:
-        return isinstance(self.layers[b], self.parts[0])
+        return isinstance(self.layer(b), self.parts[0])
 
     def halves(self, b: int) -> tuple[str, ...]:
         if not self.is_block(b):
             return ()
         _, attention, mlp = self.parts
-        found = {"attention": (self.layers[b].attention, attention), "mlp": (self.layers[b].mlp, mlp)}
+        found = {"attention": (self.layer(b).attention, attention), "mlp": (self.layer(b).mlp, mlp)}
         return tuple(half for half, (module, full) in found.items() if isinstance(module, full))
 
     def embed(self, pixel_values: Tensor) -> tuple[Tensor, Any]:
@@ -51,10 +52,10 @@ class ViTAdapter(Adapter):
         return self.tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate), None
 
     def attention_input(self, b: int, h: Tensor) -> Tensor:
-        return self.layers[b].layernorm_before(h)
+        return self.layer(b).layernorm_before(h)
 
     def attention_write(self, b: int, x: Tensor, context: Any, queries: int | None = None) -> Tensor:
-        attention = self.layers[b].attention
+        attention = self.layer(b).attention
         if queries is None:
             return attention(x, None)[0]
         if "attention" not in self.halves(b):
@@ -63,10 +64,10 @@ class ViTAdapter(Adapter):
         return attend_first(attention, projections, x, queries, attention.scaling, eager_attention_forward)
 
     def mlp_input(self, b: int, y: Tensor) -> Tensor:
-        return self.layers[b].layernorm_after(y)
+        return self.layer(b).layernorm_after(y)
 
     def mlp_write(self, b: int, x: Tensor) -> Tensor:
-        return self.layers[b].mlp(x)
+        return self.layer(b).mlp(x)
 
     def features(self, h: Tensor) -> Tensor:
         return self.tower.layernorm(h[:, 0])
@@ -84,4 +85,4 @@ class ViTAdapter(Adapter):
         return {"add_pooling_layer": True, "use_mask_token": self.tower.embeddings.mask_token is not None}
 
     def mlp_output(self, b: int) -> nn.Linear:
-        return self.layers[b].mlp.fc2
+        return self.layer(b).mlp.fc2
