@@ -5,7 +5,7 @@
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, get_args, get_origin
 
@@ -38,6 +38,16 @@ def add_options(
     for entry in fields(kind):
         text = " ".join(filter(None, (entry.metadata.get("help", ""), notes.get(entry.name))))
         _add(group, entry, hints[entry.name], text)
+
+
+def bare_switches_as_true(argv: Sequence[str], switches: Sequence[str]) -> list[str]:
+    """`--switch` becomes `--switch=true` where no boolean word follows: it takes no bare word as its value."""
+    options = {f"--{name}" for name in switches}
+    following = [*argv[1:], ""]
+    return [
+        f"{word}=true" if word in options and after.lower() not in _WORDS else word
+        for word, after in zip(argv, following)
+    ]
 
 
 def plain_type(hint: Any) -> tuple[Any, bool, bool]:

@@ -13,7 +13,7 @@ from typing import Any, Generic, NoReturn, TypeVar, get_type_hints
 import yaml
 
 from ..errors import InputError
-from .dataclass_parser import NONE_WORDS, HelpFormatter, add_options, plain_type
+from .dataclass_parser import NONE_WORDS, HelpFormatter, add_options, bare_switches_as_true, plain_type
 
 
 T = TypeVar("T")
@@ -62,6 +62,8 @@ class Options(Generic[T]):
         """
         argv = [self._canonical(argument) for argument in (sys.argv[1:] if argv is None else argv)]
         hints = self.hints
+        if self.positional:
+            argv = bare_switches_as_true(argv, [n for n in hints if plain_type(hints[n]) == (bool, False, False)])
         parser = self.parser()
         if not {"-h", "--help"} & set(argv):
             config = _config_parser().parse_known_args(argv)[0].config

@@ -50,6 +50,13 @@ def test_defaults_and_the_bare_word():
     assert OPTIONS.parse(["--output_dir", "out", "--model-name", "net"]) == expected
 
 
+def test_a_switch_leaves_the_bare_word_after_it_alone():
+    expected = Both(output_dir="out", model_name="net", fast=True)
+    assert OPTIONS.parse(["--output", "out", "--fast", "net"]) == expected
+    assert OPTIONS.parse(["--output", "out", "--fast", "true", "net"]) == expected
+    assert not OPTIONS.parse(["--output", "out", "--fast", "no", "net"]).fast
+
+
 @pytest.mark.parametrize("words", [["--output", "o"], ["--output=o"], ["--output-dir", "o"], ["--output_dir=o"]])
 def test_aliases_and_spellings(words):
     assert OPTIONS.parse(["net", *words]).output_dir == "o"
