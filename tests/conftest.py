@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,13 @@ def shared_data() -> Path:
         if candidate and Path(candidate).is_dir():
             return Path(candidate)
     pytest.skip("real weights and images are not here: set HF_SIMPRUNE_TEST_DATA to a folder that holds them")
+
+
+@pytest.fixture(autouse=True)
+def no_copies(monkeypatch) -> None:
+    """No launcher sends a signal to the tests' own process a second time, so a run need not wait for that."""
+    if "hf_simprune.dino.interrupts" in sys.modules:
+        monkeypatch.setattr("hf_simprune.dino.interrupts.SAME_SIGNAL_SECONDS", 0.05)
 
 
 def pytest_configure() -> None:

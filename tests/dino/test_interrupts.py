@@ -12,6 +12,11 @@ from hf_simprune.dino import interrupts
 from hf_simprune.dino.interrupts import Interrupts, outlive_interrupts
 
 
+@pytest.fixture(autouse=True)
+def no_copies():
+    """Here they are sent."""
+
+
 def test_the_first_signal_is_noted_and_handlers_come_back(monkeypatch):
     monkeypatch.setattr(interrupts, "SAME_SIGNAL_SECONDS", 0.05)
     before = signal.getsignal(signal.SIGINT)
