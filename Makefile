@@ -1,5 +1,6 @@
 # make demo         train the embedded example and check what it learned
 # make test         run the tests, offline, without the long fault tests
+# make test-docs    run every code block of README and docs
 # make test-faults  kill, starve and mislead runs in every way we know, and count the trials
 # make test-browser  open the page of `hf-simprune explore` in a headless browser (npm fetches it)
 # make quality      ruff check, format check and types
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-faults test-browser quality types style families
+.PHONY: demo test test-docs test-faults test-browser quality types style families
 
 # torch goes first and alone: solved together with the rest, a looser request could fetch a second, far larger build.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -26,7 +27,10 @@ demo: $(INSTALLED)
 	$(BIN)/python recipes/demo.py
 
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not documents"
+
+test-docs: $(INSTALLED)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/docs
 
 test-faults: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults

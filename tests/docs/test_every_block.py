@@ -72,6 +72,7 @@ def test_the_snippets_of_one_page_are_run_by_tests_of_their_own(blocks):
     assert {block.language for block in blocks if runs_elsewhere(block.document)} == {"python"}
 
 
+@pytest.mark.documents
 def test_every_block_does_what_it_says(blocks):
     # a socket's path is short, and those of pytest may not be
     with tempfile.TemporaryDirectory() as folder, workplace(Path(folder).resolve(), blocks) as place:
