@@ -130,3 +130,10 @@ def others() -> torch.Tensor:
 
 def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (20, 24, 3), dtype=np.uint8))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """They run the code blocks of docs/works_with.md."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.documents)
