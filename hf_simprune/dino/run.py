@@ -190,7 +190,7 @@ def _run(args: DinoArguments, lock: FolderLock) -> None:
                 say(f"images that could not be read and were replaced: {listed_images(trainer.bad_indices)}")
             say(f"done in {time.time() - started:.0f} s: {output_dir} holds the model, its card and pictures")
             if repo_id is not None:
-                _publish(output_dir, repo_id, args.token)
+                upload_run(output_dir, repo_id, "DINO pretraining with hf-simprune", args.token)
                 say(f"uploaded to {repo_id}")
     finally:
         _end(accelerator, engine)
@@ -316,13 +316,6 @@ def _end(accelerator: Accelerator, engine: DinoEngine) -> None:
         accelerator.print(warning)
     accelerator.trackers.clear()
     accelerator.end_training()
-
-
-def _publish(output_dir: Path, repo_id: str, token: str | None) -> None:
-    try:
-        upload_run(output_dir, repo_id, "DINO pretraining with hf-simprune", token)
-    except UploadError as error:
-        raise TrainingError(str(error)) from error
 
 
 def _update_run_file(output_dir: Path, **changes: Any) -> None:

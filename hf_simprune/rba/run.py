@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
-from ..errors import InputError, TrainingError
+from ..errors import InputError
 from ..evaluation.model_cost import PieceCosts, file_size
-from ..hub.publish import UploadError, create_repo_early, repository_name, upload_run
+from ..hub.publish import create_repo_early, repository_name, upload_run
 from ..pictures_rba import plot_redundancy
 from ..terminal import highlighted
 from .adapters import Adapter, adapter_for
@@ -237,10 +237,7 @@ def _finish(
         write_card(folder, args, model, start.adapter, start.images, result, repo_id)
     _tell(args, start.say, result)
     if repo_id is not None:
-        try:
-            upload_run(args.output_dir, repo_id, "Compressed with hf-simprune", args.token)
-        except UploadError as error:
-            raise TrainingError(str(error)) from error
+        upload_run(args.output_dir, repo_id, "Compressed with hf-simprune", args.token)
         start.say(f"uploaded to {repo_id}")
 
 
