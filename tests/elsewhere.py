@@ -127,7 +127,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            print(json.dumps(_wait(request["wait"], request["seconds"])), flush=True)
+            print(json.dumps(wait_for(request["wait"], request["seconds"])), flush=True)
             continue
         pid = os.fork()
         if pid == 0:
@@ -164,7 +164,7 @@ def _become(words: list[str], environment: dict[str, str], package: bool, folder
         runpy.run_path(kind, run_name="__main__")
 
 
-def _wait(pid: int, seconds: float) -> int | None:
+def wait_for(pid: int, seconds: float) -> int | None:
     """Exit status, minus the signal's number of a run that was killed, None if it still runs then."""
     deadline = time.monotonic() + seconds
     while True:

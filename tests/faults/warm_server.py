@@ -4,16 +4,15 @@ Forking is sound because nothing here has started a thread, which `ready` tells 
 are JSON, one a line. A run has a session of its own, so that signals to its group reach nothing else.
 """
 
-import contextlib
 import gc
 import importlib.util
 import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
+from ..elsewhere import wait_for
 from ..tiny_run import RECIPE
 from . import injected
 from .fuzzing import fuzz
@@ -28,7 +27,7 @@ def main() -> None:
         if not command:  # the end of its input would come late: other processes may have inherited the other side
             break
         if "wait" in command:
-            print(json.dumps(wait(command["wait"], command["seconds"])), flush=True)
+            print(json.dumps(wait_for(command["wait"], command["seconds"])), flush=True)
             continue
         pid = os.fork()
         if pid == 0 and "target" in command:
@@ -66,19 +65,6 @@ def run(recipe, words: list[str], output: str, environment: dict[str, str], faul
     sys.argv = [str(RECIPE), *words]
     injected.arm(Path(words[words.index("--output_dir") + 1]), **faults)
     return recipe.main(words)
-
-
-def wait(pid: int, seconds: float) -> int | None:
-    """Exit status, minus the signal's number of a run that was killed, None if it still runs then."""
-    deadline = time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(ChildProcessError):
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
-                return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            return None
-        time.sleep(0.01)
 
 
 if __name__ == "__main__":
