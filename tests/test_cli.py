@@ -85,7 +85,7 @@ def test_without_words_it_shows_what_there_is(capsys):
         (["push", "/no/such/folder", "user/name"], "--folder /no/such/folder: there is no such folder"),
         (["push", "a", "user/name", "third"], "'third' belongs to no option"),
         (["explore", "net", "--port", "70000"], "--port 70000: must be from 1 to 65535"),
-        (["explore", "net", "--split", "test"], "--split test: there is no --dataset"),
+        (["explore", ".", "--model_revision", "v1"], "--model_revision v1: . is on this disk"),
         (["completion", "tcsh"], "--shell tcsh is unknown: choose one of bash, zsh, fish"),
     ],
 )

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hf-simprune explore`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import InputError
-from ..options.common import ALIASES
+from ..options.common import ALIASES, CheckpointArguments, HubReadingArguments, check_revision
 from ..options.fields import option
 from ..options.parsing import Options
 
@@ -14,24 +14,39 @@ _PORTS = range(1, 2**16)
 
 
 @dataclass(kw_only=True)
-class ExploreArguments:
-    """What is shown, and where."""
+class ExploredImages:
+    """Images to begin with and to measure redundancy on, if you like."""
+
+    _argument_group_name = "images"
+
+    dataset_name_or_path: str | None = option(None, "Hub name, parquet file, or a folder.")
+    dataset_config_name: str | None = option(None, "Configuration of a Hub data set.")
+    dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub data set.")
+    split: str | None = option(None, "Split of it (train).")
+    image_column: str | None = option(None, "Column of the images; needed where several would do.")
+
+
+@dataclass(kw_only=True)
+class PageArguments:
+    """Where the page is shown."""
 
     _argument_group_name = "page"
 
-    model_name_or_path: str | None = option(None, "Hub name or folder of the network.")
-    dataset_name_or_path: str | None = option(
-        None, "Images to begin with and to measure redundancy on: Hub name, parquet file, or a folder."
-    )
-    split: str | None = option(None, "Split of it.")
     port: int = option(7860, "Port of this machine that the page is served at.")
     open_browser: bool = option(True, "Open the page in the browser.")
     space: str | None = option(None, "Write the folder of a Hub Space with this page there, and serve nothing.")
 
 
+@dataclass(kw_only=True)
+class ExploreArguments(CheckpointArguments, ExploredImages, PageArguments, HubReadingArguments):
+    """Every option of `hf-simprune explore`."""
+
+    _argument_group_name = "explore"
+
+
 OPTIONS = Options(
     kind=ExploreArguments,
-    groups=(ExploreArguments,),
+    groups=(CheckpointArguments, ExploredImages, PageArguments, HubReadingArguments),
     description="A page in the browser: upload an image, see which tokens two augmented views keep as the curriculum "
     "moves, which blocks are redundant, and what removing some of them does. Needs the extra explore: "
     "pip install hf-simprune[explore].",
@@ -52,14 +67,19 @@ def run(args: ExploreArguments) -> dict[str, Any]:
     model = str(args.model_name_or_path)
     if args.port not in _PORTS:
         raise InputError(f"--port {args.port}: must be from 1 to {_PORTS[-1]}")
-    if args.split is not None and args.dataset_name_or_path is None:
-        raise InputError(f"--split {args.split}: there is no --dataset that could have it")
+    check_revision("model_revision", args.model_revision, model)
+    images = {entry.name: getattr(args, entry.name) for entry in fields(ExploredImages)}
+    dataset = images.pop("dataset_name_or_path")
+    for name, value in images.items():
+        if value is not None and dataset is None:
+            raise InputError(f"--{name} {value}: there is no --dataset that could have it")
+    source = {**images, "model_revision": args.model_revision, "token": args.token}
     if args.space is not None:
         from ..explore.space import write_space
 
-        write_space(args.space, model, args.dataset_name_or_path, split=args.split)
+        write_space(args.space, model, dataset, **source)
         return {"model": model, "space": args.space}
     from ..explore.app import launch
 
-    launch(model, args.dataset_name_or_path, split=args.split, port=args.port, open_browser=args.open_browser)
+    launch(model, dataset, **source, port=args.port, open_browser=args.open_browser)
     return {"model": model, "port": args.port}

@@ -4,18 +4,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..options.common import ALIASES, CheckpointArguments
-from ..options.fields import option
+from ..options.common import ALIASES, CheckpointArguments, HubReadingArguments
 from ..options.parsing import Options
-
-
-@dataclass(kw_only=True)
-class HubReadingArguments:
-    """Reading from the Hub."""
-
-    _argument_group_name = "Hub"
-
-    token: str | None = option(None, "Hub token; by default the one stored by `hf auth login`.")
 
 
 @dataclass(kw_only=True)

@@ -12,6 +12,7 @@ import pyarrow.parquet
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 
 from ..errors import InputError
+from ..options.common import check_revision
 from .decoding import DECODING_ERRORS, open_image
 
 
@@ -34,14 +35,15 @@ def load_split(
     parquet files, webdataset archives or images.
 
     `split` may be a slice such as "train[:90%]"; `max_samples` keeps the first rows of it. Raises InputError, naming
-    the option, when the set is missing, empty, unreadable or has no such split, and for `trust_remote_code`, which
-    `datasets` no longer supports.
+    the option, when the set is missing, empty, unreadable or has no such split, for a revision of what is on this
+    disk, and for `trust_remote_code`, which `datasets` no longer supports.
     """
     if trust_remote_code:
         raise InputError(
             "--trust_remote_code: datasets no longer runs loading scripts; convert the data set to parquet or images, "
             "or leave the option out"
         )
+    check_revision("dataset_revision", revision, dataset_name_or_path)
     arguments = _where(dataset_name_or_path)
     try:
         dataset = datasets.load_dataset(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError
+from ..options.common import check_revision
 from .arguments import DinoArguments
 from .reduction_choice import Crops, chosen_reducer, kept_patches
 
@@ -197,6 +198,7 @@ def _checkpoint(args: DinoArguments) -> Network:
 
     name = args.model_name_or_path
     assert name is not None
+    check_revision("model_revision", args.model_revision, name)
     with reading(f"--model_name_or_path {name}: no model there"):
         check_config(name, revision=args.model_revision, token=args.token)
         config = AutoConfig.from_pretrained(

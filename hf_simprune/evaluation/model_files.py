@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
 from ..models.untrusted import reading
+from ..options.common import check_revision
 
 
 _SMALL = ("config.json", "compression.json", "training/arguments.yaml", "README.md")
@@ -72,9 +73,8 @@ def open_files(place: str, revision: str | None = None, token: str | None = None
     """
     where = f"--model_name_or_path {place}"
     path = Path(place).expanduser()
+    check_revision("model_revision", revision, place)
     if path.is_dir():
-        if revision is not None:
-            raise InputError(f"--model_revision {revision}: {place} is a folder, which has no revisions")
         return _of_folder(path, place)
     if path.exists() or path.is_absolute() or place.startswith(("~", ".")) or place.count("/") > 1:
         raise InputError(f"{where}: there is no such folder")

@@ -81,7 +81,8 @@ def run_evaluate(args: EvaluateArguments, say: Callable[[str], None] = print) ->
         except InputError as error:
             if number == 0:
                 raise
-            raise InputError(str(error).replace("--model_name_or_path", "--baseline")) from None
+            told = str(error).replace("--model_name_or_path", "--baseline")
+            raise InputError(told.replace("--model_revision", "--baseline_revision")) from None
     for checkpoint in checkpoints:
         torch.nn.Module.to(checkpoint.model, device)
     networks = [Network(checkpoint.model) for checkpoint in checkpoints]

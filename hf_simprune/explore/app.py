@@ -41,7 +41,12 @@ def launch(
     model: str,
     dataset: str | None = None,
     *,
+    dataset_config_name: str | None = None,
+    dataset_revision: str | None = None,
     split: str | None = None,
+    image_column: str | None = None,
+    model_revision: str | None = None,
+    token: str | None = None,
     port: int | None = DEFAULT_PORT,
     open_browser: bool = True,
 ) -> None:
@@ -50,7 +55,11 @@ def launch(
     Args:
         model: a folder that `save_pretrained` wrote, or a model on the Hub.
         dataset: a data set on the Hub, a parquet file or a folder of images; gives examples, and images to measure on.
+        dataset_config_name, dataset_revision: of a data set on the Hub.
         split: of the data set, "train" if left out.
+        image_column: of the data set, where several would do.
+        model_revision: branch, tag or commit of a model on the Hub.
+        token: of the Hub; by default the one stored by `hf auth login`.
         port: on this machine alone, unless the environment's GRADIO_SERVER_NAME says otherwise; None takes that of
             GRADIO_SERVER_PORT or the first free one from 7860 on.
         open_browser: show the page there too.
@@ -64,8 +73,10 @@ def launch(
     importing.start()
     from ..rba.checkpoint import load_checkpoint
 
-    checkpoint = load_checkpoint(model)
-    images = None if dataset is None else open_images(dataset, split)
+    checkpoint = load_checkpoint(model, model_revision, token)
+    images = None
+    if dataset is not None:
+        images = open_images(dataset, dataset_config_name, dataset_revision, split, image_column, token)
     importing.join()
     page = build_app(checkpoint, images)
     try:
@@ -89,15 +100,23 @@ def require_gradio() -> None:
         raise InputError(WITHOUT_GRADIO)
 
 
-def open_images(dataset: str, split: str | None = None) -> Dataset:
-    """The rows of a data set, read from the disk as they are asked for.
+def open_images(
+    dataset: str,
+    config_name: str | None = None,
+    revision: str | None = None,
+    split: str | None = None,
+    image_column: str | None = None,
+    token: str | None = None,
+) -> Dataset:
+    """The images of a data set, read from the disk as they are asked for; no other column.
 
     Raises:
-        InputError: there is none, or no such split.
+        InputError: there is no such data set, split or column, or several columns hold images.
     """
-    from ..data.loading import load_split
+    from ..data.loading import find_image_column, load_split
 
-    return load_split(dataset, split or "train", split_option="--split")
+    rows = load_split(dataset, split or "train", config_name, revision, token=token, split_option="--split")
+    return rows.select_columns(find_image_column(rows, image_column))
 
 
 def page_options() -> dict[str, Any]:

@@ -31,7 +31,7 @@ from hf_simprune.explore.app import launch
 
 
 if __name__ == "__main__":
-    launch({model}, {images}, port=None, open_browser=False)
+    launch({model}, {images}, {revision}port=None, open_browser=False)
 '''
 _LARGE_FILES = "".join(f"*.{ending} filter=lfs diff=lfs merge=lfs -text\n" for ending in ("safetensors", "parquet"))
 _TEXT = """
@@ -44,7 +44,18 @@ This folder was written by `hf-simprune explore --space` and holds all it needs{
 """
 
 
-def write_space(folder: str | Path, model: str, dataset: str | None = None, *, split: str | None = None) -> Path:
+def write_space(
+    folder: str | Path,
+    model: str,
+    dataset: str | None = None,
+    *,
+    dataset_config_name: str | None = None,
+    dataset_revision: str | None = None,
+    split: str | None = None,
+    image_column: str | None = None,
+    model_revision: str | None = None,
+    token: str | None = None,
+) -> Path:
     """Write a folder that shows `hf-simprune explore` when it is uploaded as a Space, or run by `python app.py`.
 
     It holds the package's own files, so that it needs no release of it, and, of a local folder, the model: weights,
@@ -53,8 +64,10 @@ def write_space(folder: str | Path, model: str, dataset: str | None = None, *, s
     Args:
         folder: to write; it must not be there, or be empty.
         model: a folder that `save_pretrained` wrote, which is copied, or a model on the Hub, which is named.
-        dataset: as `launch` takes it; its images will be as public as the Space.
-        split: of the data set, "train" if left out.
+        dataset, dataset_config_name, dataset_revision, split, image_column: as `launch` takes them; the images will
+            be as public as the Space.
+        model_revision: branch, tag or commit of a model on the Hub.
+        token: to read the data set with; it is not written into the folder.
 
     Returns:
         The folder.
@@ -76,7 +89,9 @@ def write_space(folder: str | Path, model: str, dataset: str | None = None, *, s
         raise InputError(f"MODEL {model}: that folder holds no config.json, so it is no saved model")
     if not local and (source.exists() or len(source.parts) != 2):
         raise InputError(f"MODEL {model}: a folder that save_pretrained wrote or a Hub name user/model is needed")
-    images = None if dataset is None else _encoded(open_images(dataset, split))
+    images = None
+    if dataset is not None:
+        images = _encoded(open_images(dataset, dataset_config_name, dataset_revision, split, image_column, token))
     name = source.resolve().name if local else source.name
     with building(str(target), option="--space") as partial:
         _copy_package(partial / _PACKAGE.name)
@@ -87,7 +102,11 @@ def write_space(folder: str | Path, model: str, dataset: str | None = None, *, s
         if images is not None:
             pyarrow.parquet.write_table(pyarrow.table({"image": images}), partial / _IMAGES)
         shown = f"{_MODELS}/{name}" if local else model
-        app = _APP.format(model=json.dumps(shown), images=None if images is None else json.dumps(_IMAGES))
+        app = _APP.format(
+            model=json.dumps(shown),
+            images=None if images is None else json.dumps(_IMAGES),
+            revision="" if model_revision is None else f"model_revision={json.dumps(model_revision)}, ",
+        )
         (partial / "app.py").write_text(app, encoding="utf-8")
         (partial / "requirements.txt").write_text("".join(f"{line}\n" for line in _requirements()), encoding="utf-8")
         (partial / "README.md").write_text(_card(name, None if local else model, gradio, images), encoding="utf-8")

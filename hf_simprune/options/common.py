@@ -2,6 +2,7 @@
 """Options that training and compression share."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import InputError
 from .fields import option, required
@@ -18,6 +19,12 @@ def check_seed(seed: int, most: int = MOST_SEED) -> None:
     """Raises InputError for a seed that a generator of random numbers would not take."""
     if not 0 <= seed <= most:
         raise InputError(f"--seed {seed}: must be from 0 to {most}")
+
+
+def check_revision(option: str, revision: str | None, name_or_path: str) -> None:
+    """Raises InputError for a revision of what lies on this disk, where it would be ignored; `main` is any model's."""
+    if revision not in (None, "main") and Path(name_or_path).expanduser().exists():
+        raise InputError(f"--{option} {revision}: {name_or_path} is on this disk, which has no revisions")
 
 
 @dataclass(kw_only=True)
@@ -49,6 +56,15 @@ class DatasetArguments:
     image_column: str | None = option(None, "Column of the images; needed where several would do.")
     label_column: str | None = option(None, "Column of the class labels, for evaluation only.")
     trust_remote_code: bool = option(False, "Allow code from the Hub to run.")
+    token: str | None = option(None, "Hub token; by default the one stored by `hf auth login`.")
+
+
+@dataclass(kw_only=True)
+class HubReadingArguments:
+    """Reading from the Hub."""
+
+    _argument_group_name = "Hub"
+
     token: str | None = option(None, "Hub token; by default the one stored by `hf auth login`.")
 
 

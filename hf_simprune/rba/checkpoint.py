@@ -18,6 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .. import models  # noqa: F401  (makes the Auto classes know this package's models)
 from ..errors import InputError
 from ..models.untrusted import check_config, reading
+from ..options.common import check_revision
 
 
 # Auto classes that a checkpoint's architecture asks for; all others are backbones.
@@ -41,9 +42,11 @@ def load_checkpoint(name_or_path: str, revision: str | None = None, token: str |
     """Load a vision transformer in the precision it is stored in.
 
     Raises:
-        InputError: there is no such model, it has no image processor, or its weights are incomplete.
+        InputError: there is no such model, it has no image processor, its weights are incomplete, or the revision is
+            that of a folder.
     """
     where = f"--model_name_or_path {name_or_path}"
+    check_revision("model_revision", revision, name_or_path)
     _check_folder(name_or_path, where)
     hub: dict[str, Any]
     hub = {key: value for key, value in {"revision": revision, "token": token}.items() if value is not None}

@@ -60,9 +60,20 @@ def test_explore_hands_everything_on(monkeypatch, tmp_path, capsys):
     space.write_space = lambda *words, **options: calls.append((words, options))
     monkeypatch.setitem(sys.modules, "hf_simprune.explore.app", app)
     monkeypatch.setitem(sys.modules, "hf_simprune.explore.space", space)
-    words = ["explore", "net", "--dataset", "images", "--split", "test"]
+    source = {
+        "model_revision": "v1", "dataset_config_name": "small", "dataset_revision": "v2", "split": "test",
+        "image_column": "photo", "token": "hf_x",
+    }  # fmt: skip
+    words = ["explore", "net", "--dataset", "images"]
+    words += [word for name, value in source.items() for word in (f"--{name}", value)]
     assert main([*words, "--port", "8000", "--open-browser", "false"]) == 0
-    assert calls.pop() == (("net", "images"), {"split": "test", "port": 8000, "open_browser": False})
+    assert calls.pop() == (("net", "images"), source | {"port": 8000, "open_browser": False})
     assert main([*words, "--space", str(tmp_path), "--json"]) == 0
-    assert calls.pop() == ((str(tmp_path), "net", "images"), {"split": "test"})
+    assert calls.pop() == ((str(tmp_path), "net", "images"), source)
     assert json.loads(capsys.readouterr().out) == {"model": "net", "space": str(tmp_path)}
+
+
+@pytest.mark.parametrize("name", ["dataset_config_name", "dataset_revision", "split", "image_column"])
+def test_what_says_which_images_needs_a_data_set(capsys, name):
+    assert main(["explore", "net", f"--{name}", "x"]) == 2
+    assert f"--{name} x: there is no --dataset" in capsys.readouterr().err

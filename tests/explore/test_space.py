@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -72,6 +73,23 @@ def test_a_model_on_the_hub_is_named_and_not_copied(tmp_path):
     assert not (folder / "models").exists() and not (folder / "images.parquet").exists()
     assert 'launch("user/some-vit", None' in (folder / "app.py").read_text()
     assert yaml.safe_load((folder / "README.md").read_text().split("---")[1])["models"] == ["user/some-vit"]
+    folder = space.write_space(tmp_path / "pinned", "user/some-vit", model_revision="v1", token="hf_x")
+    assert 'launch("user/some-vit", None, model_revision="v1", port=None' in (folder / "app.py").read_text()
+    assert "hf_x" not in (folder / "app.py").read_text()
+
+
+def test_one_of_several_image_columns_is_chosen(tmp_path, model_folder):
+    columns = {
+        side: [{"bytes": png(first + row), "path": None} for row in range(3)]
+        for side, first in (("left", 0), ("right", 7))
+    }
+    data = str(tmp_path / "two.parquet")
+    pq.write_table(pa.table(columns), data)
+    with pytest.raises(InputError, match="--image_column.*left.*right"):
+        space.write_space(tmp_path / "space", str(model_folder), data)
+    folder = space.write_space(tmp_path / "space", str(model_folder), data, image_column="right")
+    images = pq.read_table(folder / "images.parquet").column("image").to_pylist()
+    assert [row["bytes"] for row in images] == [png(seed) for seed in range(7, 10)]
 
 
 def test_what_cannot_be_a_space_is_refused_before_anything_is_written(tmp_path, model_folder, monkeypatch):

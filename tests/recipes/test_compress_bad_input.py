@@ -104,6 +104,8 @@ def test_models_that_are_none(refused, images, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no config.json" in refused(tmp_path / "empty", images, *one)
     assert "is a file" in refused(images, images, *one)
+    line = refused(save_checkpoint(tmp_path / "vit"), images, *one, "--model_revision", "v1")
+    assert "--model_revision v1: " in line and "has no revisions" in line
     bert = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=9)
     line = refused(save_checkpoint(tmp_path / "bert", BertModel(bert)), images, *one)
     assert "BertModel, which is not supported: take one of" in line and "CLIPModel" in line

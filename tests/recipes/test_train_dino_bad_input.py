@@ -118,6 +118,16 @@ def test_missing_data_set(refused, tmp_path):
     assert missing in refused("--dataset_name_or_path", missing, output_dir=tmp_path / "run")
 
 
+def test_revisions_of_what_is_on_this_disk(refused, images, finished_run, tmp_path):
+    words = ("--dataset_name_or_path", images, "--dataset_revision", "v2")
+    message = refused(*words, output_dir=tmp_path / "run")
+    assert f"--dataset_revision v2: {images} is on this disk" in message
+    start = ("--architecture", "none", "--config_overrides", "none", "--image_size", "none", "--patch_size", "none")
+    start += ("--model_name_or_path", str(finished_run), "--model_revision", "v3")
+    message = refused("--dataset_name_or_path", images, *start, output_dir=tmp_path / "run")
+    assert f"--model_revision v3: {finished_run} is on this disk" in message
+
+
 def test_data_set_without_rows(refused, tmp_path):
     empty = pa.array([], type=pa.struct({"bytes": pa.binary(), "path": pa.string()}))
     path = write_parquet(tmp_path / "empty.parquet", image=empty)
