@@ -12,6 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TORCHAO := $(VENV)/torchao
 
 .DEFAULT_GOAL := test
 .PHONY: demo test test-docs test-faults test-browser quality types style families
@@ -29,8 +30,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not documents"
 
-test-docs: $(INSTALLED)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m documents tests/docs tests/works_with
+# Apart from the environment, because transformers imports torchao wherever it is, and it prints a page about its kernels.
+$(TORCHAO): $(INSTALLED)
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(TORCHAO) torchao
+
+test-docs: $(INSTALLED) $(TORCHAO)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TORCHAO) $(BIN)/python -m pytest -n 2 -m documents tests/docs tests/works_with
 
 test-faults: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults

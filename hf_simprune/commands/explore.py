@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hf-simprune explore`."""
 
+import shlex
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -77,7 +78,9 @@ def run(args: ExploreArguments) -> dict[str, Any]:
     if args.space is not None:
         from ..explore.space import write_space
 
-        write_space(args.space, model, dataset, **source)
+        folder = write_space(args.space, model, dataset, **source)
+        print(f"{folder} is a Space. Look at it here: cd {shlex.quote(str(folder))} && python app.py")
+        print(f"Upload it: hf upload {folder.name} {shlex.quote(str(folder))} . --type space")
         return {"model": model, "space": args.space}
     from ..explore.app import launch
 

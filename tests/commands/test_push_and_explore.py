@@ -57,7 +57,7 @@ def test_explore_hands_everything_on(monkeypatch, tmp_path, capsys):
     app = type(sys)("hf_simprune.explore.app")
     app.launch = lambda *words, **options: calls.append((words, options))
     space = type(sys)("hf_simprune.explore.space")
-    space.write_space = lambda *words, **options: calls.append((words, options))
+    space.write_space = lambda *words, **options: calls.append((words, options)) or tmp_path
     monkeypatch.setitem(sys.modules, "hf_simprune.explore.app", app)
     monkeypatch.setitem(sys.modules, "hf_simprune.explore.space", space)
     source = {
@@ -70,7 +70,9 @@ def test_explore_hands_everything_on(monkeypatch, tmp_path, capsys):
     assert calls.pop() == (("net", "images"), source | {"port": 8000, "open_browser": False})
     assert main([*words, "--space", str(tmp_path), "--json"]) == 0
     assert calls.pop() == ((str(tmp_path), "net", "images"), source)
-    assert json.loads(capsys.readouterr().out) == {"model": "net", "space": str(tmp_path)}
+    told = capsys.readouterr()
+    assert json.loads(told.out) == {"model": "net", "space": str(tmp_path)}
+    assert f"hf upload {tmp_path.name} {tmp_path} . --type space" in told.err
 
 
 @pytest.mark.parametrize("name", ["dataset_config_name", "dataset_revision", "split", "image_column"])

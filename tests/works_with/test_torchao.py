@@ -10,7 +10,7 @@ from transformers import AutoModelForImageClassification
 from .conftest import Page
 
 
-pytest.importorskip("torchao", reason="torchao, of the extra `test`, does not install everywhere")
+pytest.importorskip("torchao", reason="torchao does not install everywhere: `make test-docs` tries")
 
 
 @torch.no_grad()
