@@ -13,6 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCHAO := $(VENV)/torchao
+# Byte code is written for what is imported, when it is: most of it never is.
+QUIETLY := --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := test
 .PHONY: demo test test-docs test-faults test-browser quality types style families
@@ -20,8 +22,8 @@ TORCHAO := $(VENV)/torchao
 # torch goes first and alone: solved together with the rest, a looser request could fetch a second, far larger build.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,quality,demo]"
+	$(BIN)/python -m pip install $(QUIETLY) torch
+	$(BIN)/python -m pip install $(QUIETLY) --editable ".[test,quality,demo]"
 	touch $@
 
 demo: $(INSTALLED)
@@ -32,7 +34,7 @@ test: $(INSTALLED)
 
 # Apart from the environment, because transformers imports torchao wherever it is, and it prints a page about its kernels.
 $(TORCHAO): $(INSTALLED)
-	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(TORCHAO) torchao
+	-$(BIN)/python -m pip install $(QUIETLY) --no-deps --target $(TORCHAO) torchao
 
 test-docs: $(INSTALLED) $(TORCHAO)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TORCHAO) $(BIN)/python -m pytest -n 2 -m documents tests/docs tests/works_with
@@ -41,7 +43,7 @@ test-faults: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 
 test-browser: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	$(BIN)/python -m pip install $(QUIETLY) --editable ".[browser]"
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
 	    HF_SIMPRUNE_CHROMIUM=$${HF_SIMPRUNE_CHROMIUM:-$$($(BIN)/python tests/explore/fetch_chromium.py $(VENV)/chromium)} \
 	    $(BIN)/python -m pytest tests/explore/test_page.py

@@ -23,7 +23,8 @@ from ..data.loading import (
 )
 from ..data.streams import Place, ShuffledStream, sample_rows
 from ..errors import InputError
-from ..evaluation.label_names import numbers_by_name
+from ..evaluation.label_names import UNNAMED_LABELS, numbers_by_name
+from ..evaluation.model_files import short_name
 from .arguments import DinoArguments
 from .augmentation import AugmentationConfig
 from .data import MultiCropDataset, OnBadImage, PixelCache, decode_small_set
@@ -119,9 +120,10 @@ def open_data(args: DinoArguments) -> RunData:
     if label_column is None:
         notes.append(f"k-NN: off, {no_label}")
     else:
-        bank, queries, evaluated_on = _knn_images(args, train, image_column, label_column)
+        bank, queries, evaluated_on, warning = _knn_images(args, train, image_column, label_column)
         if bank and queries:
             notes.append(f"k-NN: {evaluated_on} of {len(bank.labels.unique())} classes")
+            notes += [warning] if warning else []
         else:
             notes.append(f"k-NN: off, there is nothing to classify or to vote ({evaluated_on})")
             bank, queries, evaluated_on = None, None, ""
@@ -166,8 +168,8 @@ def _about_sharing(rows: ShuffledStream) -> str:
 
 def _knn_images(
     args: DinoArguments, train: Dataset | IterableDataset, image_column: str, label_column: str
-) -> tuple[LabelledImages, LabelledImages, str]:
-    """Bank and queries, and in words what is classified by what."""
+) -> tuple[LabelledImages, LabelledImages, str, str]:
+    """Bank and queries, in words what is classified by what, and a warning or an empty text."""
     if isinstance(train, IterableDataset):
         held = min(args.knn_bank_samples, DEFAULT_STREAM_BANK)
         train = sample_rows(train, [image_column, label_column], held, in_one=args.max_train_samples is not None)
@@ -177,7 +179,8 @@ def _knn_images(
     if args.eval_split is None and args.eval_dataset_name_or_path is None:
         bank, queries = hold_out(bank)
         queries = queries.subset(drawn(len(queries), args.max_eval_samples))
-        return bank, queries, f"{len(queries):,} training images, drawn at random, classified by {len(bank):,} others"
+        where = f"{len(queries):,} training images, drawn at random, classified by {len(bank):,} others"
+        return bank, queries, where, ""
     name, split = args.eval_dataset_name_or_path or args.dataset_name_or_path, args.eval_split or "train"
     try:
         test = _split(args, name, split, None, "--eval_split")
@@ -193,10 +196,13 @@ def _knn_images(
     queries = labelled_images(test, test_image, test_label)
     queries = queries.subset(drawn(len(queries), args.max_eval_samples))
     names = _class_names(test, test_label)
+    warning = ""
     if bank_names is not None and names is not None:
         bank = replace(bank, labels=numbers_by_name(bank_names, names)[0][bank.labels])
-    name = Path(name).name
-    return bank, queries, f"{len(queries):,} images of {name} ({split}), classified by {len(bank):,} training images"
+    elif name != args.dataset_name_or_path:
+        warning = UNNAMED_LABELS.format(short_name(args.dataset_name_or_path), short_name(name))
+    where = f"{len(queries):,} images of {Path(name).name} ({split}), classified by {len(bank):,} training images"
+    return bank, queries, where, warning
 
 
 def _class_names(dataset: Dataset | IterableDataset, label_column: str) -> list[str] | None:

@@ -10,6 +10,9 @@ from ..errors import InputError
 from .classification import classes_by_name
 
 
+UNNAMED_LABELS = "labels: {} and {} do not both name their classes; equal numbers are taken to be equal classes"
+
+
 def numbers_by_name(names: Sequence[str], other: Sequence[str]) -> tuple[Tensor, list[int]]:
     """What number each class of one data set has among the classes of another, told by their names.
 

@@ -10,6 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.loading import find_label_column, load_split
 from ..errors import InputError
+from ..evaluation.label_names import UNNAMED_LABELS
 from ..evaluation.model_files import short_name
 from .arguments import AnalyzeArguments, CompressArguments
 from .calibration import CalibrationSet, ImageReader, open_calibration_set
@@ -104,8 +105,7 @@ def open_images(args: AnalyzeArguments | CompressArguments, processor: BaseImage
     learned, unknown = in_same_numbers(_labelled(calibration.reader, rows, training, args.label_column), evaluation)
     if args.eval_dataset_name_or_path is not None and shares_unnamed_labels(learned, evaluation):
         notes.append(
-            f"labels: {short_name(args.dataset_name_or_path)} and {short_name(args.eval_dataset_name_or_path)} do not "
-            "both name their classes; equal numbers are taken to be equal classes"
+            UNNAMED_LABELS.format(short_name(args.dataset_name_or_path), short_name(args.eval_dataset_name_or_path))
         )
     return RunImages(calibration, learned, evaluation, f"{len(chosen)} images {where}", unknown, tuple(notes))
 

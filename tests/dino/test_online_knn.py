@@ -199,7 +199,8 @@ class TestAccuracy:
 
 def test_classes_of_the_evaluation_set_are_matched_by_name(tmp_path):
     def written(name, classes, labels):
-        features = Features({"image": ImageFeature(), "label": ClassLabel(names=classes)})
+        kind = ClassLabel(names=classes) if classes else Value("int64")
+        features = Features({"image": ImageFeature(), "label": kind})
         rows = {"image": [picture(row) for row in range(len(labels))], "label": labels}
         Dataset.from_dict(rows, features=features).to_parquet(tmp_path / name)
         return str(tmp_path / name)
@@ -209,3 +210,10 @@ def test_classes_of_the_evaluation_set_are_matched_by_name(tmp_path):
     data = open_data(make_arguments(dataset_name_or_path=train, eval_dataset_name_or_path=other))
     assert data.queries.labels.tolist() == [0, 2, 1]  # bee, ant, dog
     assert data.bank.labels.tolist() == [2, 0, 5, 2]  # ant, bee, cat, ant
+    assert not any(note.startswith("labels: ") for note in data.notes)
+    unnamed = written("unnamed.parquet", None, [0, 2, 1])
+    data = open_data(make_arguments(dataset_name_or_path=train, eval_dataset_name_or_path=unnamed))
+    assert data.bank.labels.tolist() == [0, 1, 2, 0]
+    assert data.notes[-1].startswith("labels: train.parquet and unnamed.parquet do not both name their classes")
+    data = open_data(make_arguments(dataset_name_or_path=unnamed, eval_split="train"))
+    assert not any(note.startswith("labels: ") for note in data.notes), "one data set numbers its classes in one way"
