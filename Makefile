@@ -15,6 +15,7 @@ INSTALLED := $(VENV)/.installed
 TORCHAO := $(VENV)/torchao
 # Byte code is written for what is imported, when it is: most of it never is.
 QUIETLY := --quiet --no-compile --constraint constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := test
 .PHONY: demo test test-docs test-faults test-browser quality types style families
