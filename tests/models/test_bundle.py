@@ -124,7 +124,7 @@ import torch
 from pathlib import Path
 from transformers import AutoModel, AutoModelForImageClassification
 images = torch.load("images.pt")
-for folder in sorted(Path({str(tmp_path)!r}).glob("*_*")):
+for folder in sorted(path.parent for path in Path({str(tmp_path)!r}).glob("*/expected.pt")):
     logits, features = torch.load(folder / "expected.pt")
     classifier = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
     backbone = AutoModel.from_pretrained(folder, trust_remote_code=True, add_pooling_layer=False)
