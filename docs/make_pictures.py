@@ -4,7 +4,8 @@
     python docs/make_pictures.py --model facebook/deit-tiny-patch16-224
 
 The photograph comes with scikit-learn: china.jpg by danielbuechele, CC BY 2.0. The README's picture of redundant
-blocks is that of the example card, which `model_cards/make_examples.py` makes; those of the page are screenshots.
+blocks is that of the example card, which `model_cards/make_examples.py` makes; those of the page come from
+`docs/make_screenshots.py`.
 """
 
 import argparse
@@ -42,7 +43,11 @@ def draw(model: str, seed: int, png: Path) -> None:
         for view, title in enumerate(("student, view A", "teacher, view B"))
     ]
     plot_pruned_tokens(views, [f"{name} of training" for name in MOMENTS], [f"block {b}" for b in walk.layers], png)
-    # of 256 colours, which no eye misses and which take a quarter of the bytes
+    shrink(png)
+
+
+def shrink(png: Path) -> None:
+    """To the width of a page, and to 256 colours, which no eye misses and which take a quarter of the bytes."""
     drawn = Image.open(png).convert("RGB")
     drawn = drawn.resize((WIDTH, round(WIDTH * drawn.height / drawn.width)), Image.Resampling.LANCZOS)
     drawn.quantize(256).save(png, optimize=True)
