@@ -30,8 +30,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python recipes/demo.py
 
+# Three at a time on two cores: many tests wait for something.
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not documents"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not faults and not documents"
 
 # Apart from the environment, because transformers imports torchao wherever it is, and it prints a page about its kernels.
 $(TORCHAO): $(INSTALLED)
