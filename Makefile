@@ -36,10 +36,12 @@ test: $(INSTALLED)
 
 # Apart from the environment, because transformers imports torchao wherever it is, and it prints a page about its kernels.
 $(TORCHAO): $(INSTALLED)
-	-$(BIN)/python -m pip install $(QUIETLY) --no-deps --target $(TORCHAO) torchao
+	rm -rf $@
+	$(BIN)/python -m pip install $(QUIETLY) --no-deps --target $@ torchao
+	touch $@
 
 test-docs: $(INSTALLED) $(TORCHAO)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TORCHAO) $(BIN)/python -m pytest -n 2 -m documents tests/docs tests/works_with
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/$(TORCHAO)" $(BIN)/python -m pytest -n 2 -m documents tests/docs tests/works_with
 
 test-faults: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,18 +47,17 @@ def served(model: str) -> Iterator[str]:
         "--open_browser",
         "false",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if found := re.search(r" is open at (\S+)", line):
-                yield found[1]
-                break
-        else:
-            sys.exit(f"the page did not open: {model}")
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait()
+    with tempfile.NamedTemporaryFile("r") as told:
+        process = subprocess.Popen(command, stderr=open(told.name, "w"))
+        try:
+            while not (found := re.search(r" is open at (\S+)\n?", text := Path(told.name).read_text())):
+                if process.poll() is not None:
+                    sys.exit(text)
+                time.sleep(0.1)
+            yield found[1]
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait()
 
 
 def opened(page: Page, address: str) -> None:

@@ -80,7 +80,8 @@ def run(args: ExploreArguments) -> dict[str, Any]:
 
         folder = write_space(args.space, model, dataset, **source)
         print(f"{folder} is a Space. Look at it here: cd {shlex.quote(str(folder))} && python app.py")
-        print(f"Upload it: hf upload {folder.name} {shlex.quote(str(folder))} . --type space")
+        words = shlex.join(["hf", "upload", folder.resolve().name, str(folder), ".", "--type", "space"])
+        print(f"Upload it: {words}")
         return {"model": model, "space": args.space}
     from ..explore.app import launch
 

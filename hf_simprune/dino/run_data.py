@@ -3,7 +3,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -201,7 +200,7 @@ def _knn_images(
         bank = replace(bank, labels=numbers_by_name(bank_names, names)[0][bank.labels])
     elif name != args.dataset_name_or_path:
         warning = UNNAMED_LABELS.format(short_name(args.dataset_name_or_path), short_name(name))
-    where = f"{len(queries):,} images of {Path(name).name} ({split}), classified by {len(bank):,} training images"
+    where = f"{len(queries):,} images of {short_name(name)} ({split}), classified by {len(bank):,} training images"
     return bank, queries, where, warning
 
 

@@ -76,7 +76,14 @@ def launch(
     checkpoint = load_checkpoint(model, model_revision, token)
     images = None
     if dataset is not None:
-        images = open_images(dataset, dataset_config_name, dataset_revision, split, image_column, token)
+        images = open_images(
+            dataset,
+            config_name=dataset_config_name,
+            revision=dataset_revision,
+            split=split,
+            image_column=image_column,
+            token=token,
+        )
     importing.join()
     page = build_app(checkpoint, images)
     try:
@@ -102,6 +109,7 @@ def require_gradio() -> None:
 
 def open_images(
     dataset: str,
+    *,
     config_name: str | None = None,
     revision: str | None = None,
     split: str | None = None,
@@ -115,7 +123,9 @@ def open_images(
     """
     from ..data.loading import find_image_column, load_split
 
-    rows = load_split(dataset, split or "train", config_name, revision, token=token, split_option="--split")
+    rows = load_split(
+        dataset, split or "train", config_name=config_name, revision=revision, token=token, split_option="--split"
+    )
     return rows.select_columns(find_image_column(rows, image_column))
 
 

@@ -16,6 +16,7 @@ from ..data.decoding import DECODING_ERRORS
 from ..data.loading import encoded_bytes, find_image_column, image_rows
 from ..errors import InputError
 from ..hub.shared_files import home_warnings, shared_form
+from ..options.common import check_revision
 from ..rba.output import building
 from .app import WITHOUT_GRADIO, open_images
 
@@ -34,6 +35,7 @@ if __name__ == "__main__":
     launch({model}, {images}, {revision}port=None, open_browser=False)
 '''
 _LARGE_FILES = "".join(f"*.{ending} filter=lfs diff=lfs merge=lfs -text\n" for ending in ("safetensors", "parquet"))
+_LEFT_BY_RUNNING = "__pycache__/\n.gradio/\n"
 _TEXT = """
 # {name}: tokens and blocks
 
@@ -73,7 +75,8 @@ def write_space(
         The folder.
 
     Raises:
-        InputError: the folder holds files, gradio is not installed, there is no such model or data set.
+        InputError: the folder holds files, gradio is not installed, there is no such model or data set, or a revision
+            of what is on this disk.
         TrainingError: a file could not be written.
     """
     target = Path(folder)
@@ -83,6 +86,7 @@ def write_space(
         gradio = version("gradio")
     except PackageNotFoundError:
         raise InputError(WITHOUT_GRADIO) from None
+    check_revision("model_revision", model_revision, model)
     source = Path(model).expanduser()
     local = source.is_dir()
     if local and not (source / "config.json").is_file():
@@ -91,7 +95,16 @@ def write_space(
         raise InputError(f"MODEL {model}: a folder that save_pretrained wrote or a Hub name user/model is needed")
     images = None
     if dataset is not None:
-        images = _encoded(open_images(dataset, dataset_config_name, dataset_revision, split, image_column, token))
+        images = _encoded(
+            open_images(
+                dataset,
+                config_name=dataset_config_name,
+                revision=dataset_revision,
+                split=split,
+                image_column=image_column,
+                token=token,
+            )
+        )
     name = source.resolve().name if local else source.name
     with building(str(target), option="--space") as partial:
         _copy_package(partial / _PACKAGE.name)
@@ -105,12 +118,13 @@ def write_space(
         app = _APP.format(
             model=json.dumps(shown),
             images=None if images is None else json.dumps(_IMAGES),
-            revision="" if model_revision is None else f"model_revision={json.dumps(model_revision)}, ",
+            revision="" if local or model_revision is None else f"model_revision={json.dumps(model_revision)}, ",
         )
         (partial / "app.py").write_text(app, encoding="utf-8")
         (partial / "requirements.txt").write_text("".join(f"{line}\n" for line in _requirements()), encoding="utf-8")
         (partial / "README.md").write_text(_card(name, None if local else model, gradio, images), encoding="utf-8")
         (partial / ".gitattributes").write_text(_LARGE_FILES, encoding="utf-8")
+        (partial / ".gitignore").write_text(_LEFT_BY_RUNNING, encoding="utf-8")
     return target
 
 

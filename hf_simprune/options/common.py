@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that training and compression share."""
+"""Options that several commands share."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,13 @@ def check_seed(seed: int, most: int = MOST_SEED) -> None:
         raise InputError(f"--seed {seed}: must be from 0 to {most}")
 
 
-def check_revision(option: str, revision: str | None, name_or_path: str) -> None:
+def check_revision(name: str, revision: str | None, name_or_path: str) -> None:
     """Raises InputError for a revision of what lies on this disk, where it would be ignored; `main` is any model's."""
-    if revision not in (None, "main") and Path(name_or_path).expanduser().exists():
-        raise InputError(f"--{option} {revision}: {name_or_path} is on this disk, which has no revisions")
+    if revision in (None, "main"):
+        return
+    with suppress(OSError, RuntimeError):  # no path at all; whoever opens it says so
+        if Path(name_or_path).expanduser().exists():
+            raise InputError(f"--{name} {revision}: {name_or_path} is on this disk, which has no revisions")
 
 
 @dataclass(kw_only=True)
@@ -74,7 +78,7 @@ class CheckpointArguments:
 
     _argument_group_name = "checkpoint"
 
-    model_name_or_path: str | None = option(None, "Hub name or folder of the network to start from.")
+    model_name_or_path: str | None = option(None, "Hub name or folder of the network.")
     model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
 
 

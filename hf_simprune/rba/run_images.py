@@ -68,12 +68,13 @@ def open_images(args: AnalyzeArguments | CompressArguments, processor: BaseImage
     if own_split:
         name = args.eval_dataset_name_or_path or args.dataset_name_or_path
         split = args.eval_split or "train"
+        same = name == args.dataset_name_or_path
         try:
             evaluation_rows = load_split(
                 name,
                 split,
-                args.dataset_config_name,
-                args.dataset_revision,
+                args.dataset_config_name if same else None,
+                args.dataset_revision if same else None,
                 args.streaming,
                 token=args.token,
                 split_option="--eval_split",

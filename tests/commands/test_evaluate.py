@@ -260,6 +260,7 @@ def _evaluation():
         (["--train_split", "none_such"], "--train_split none_such: no such split"),
         (["--label_column", "image"], "--label_column image: no such column of class numbers"),
         (["--baseline", "/no/such"], "--baseline /no/such: there is no such folder"),
+        (["--baseline", ".", "--baseline_revision", "v1"], "--baseline_revision v1: . is on this disk"),
         (["--knn_k", "100"], "--knn_k 100: there are only 27 training images"),
     ],
 )

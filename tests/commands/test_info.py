@@ -47,6 +47,12 @@ def test_a_stock_model(info, plain, capsys):
     assert "all stay" in shown and "16x16 pixels, patches of 4" in shown
 
 
+def test_a_folder_has_no_revisions(info, plain, capsys):
+    assert main(["info", plain, "--model_revision", "v1"]) == 2
+    assert f"--model_revision v1: {plain} is on this disk, which has no revisions" in capsys.readouterr().err
+    assert info(plain, "--model_revision", "main")["model"] == plain, "where any model is found"
+
+
 def test_weights_are_not_read(info, plain, monkeypatch):
     def refuse(*_, **__):
         pytest.fail("weights were read")

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from datasets import Dataset
 
 from hf_simprune.errors import InputError
 from hf_simprune.explore import app, space
@@ -37,7 +38,14 @@ def test_a_space_holds_the_package_the_model_some_images_and_how_to_start(tmp_pa
         for path in package.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert names - model == expected | {"app.py", "requirements.txt", "README.md", ".gitattributes", "images.parquet"}
+    assert names - model == expected | {
+        "app.py",
+        "requirements.txt",
+        "README.md",
+        ".gitattributes",
+        ".gitignore",
+        "images.parquet",
+    }
     assert (
         'launch("models/tiny-vit", "images.parquet", port=None, open_browser=False)' in (folder / "app.py").read_text()
     )
@@ -76,6 +84,27 @@ def test_a_model_on_the_hub_is_named_and_not_copied(tmp_path):
     folder = space.write_space(tmp_path / "pinned", "user/some-vit", model_revision="v1", token="hf_x")
     assert 'launch("user/some-vit", None, model_revision="v1", port=None' in (folder / "app.py").read_text()
     assert "hf_x" not in (folder / "app.py").read_text()
+
+
+def test_what_is_on_this_disk_has_no_revision_in_a_space_either(tmp_path, model_folder):
+    with pytest.raises(InputError, match="--model_revision v1: .* is on this disk"):
+        space.write_space(tmp_path / "space", str(model_folder), model_revision="v1")
+    folder = space.write_space(tmp_path / "space", str(model_folder), model_revision="main")
+    assert "model_revision" not in (folder / "app.py").read_text()
+
+
+def test_all_that_says_which_images_reaches_the_loader(tmp_path, model_folder, data_set, monkeypatch):
+    asked = []
+
+    def load(name, split, **options):
+        asked.append((name, split, options))
+        return Dataset.from_parquet(data_set)
+
+    monkeypatch.setattr("hf_simprune.data.loading.load_split", load)
+    source = {"dataset_config_name": "small", "dataset_revision": "v2", "split": "test", "token": "hf_x"}
+    space.write_space(tmp_path / "space", str(model_folder), "some/images", **source)
+    options = {"config_name": "small", "revision": "v2", "token": "hf_x", "split_option": "--split"}
+    assert asked == [("some/images", "test", options)]
 
 
 def test_one_of_several_image_columns_is_chosen(tmp_path, model_folder):

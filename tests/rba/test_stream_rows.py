@@ -1,6 +1,7 @@
 """Calibrating on a stream: a sample of it, held, and from there on as with a data set."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hf_simprune.cli import main
 from hf_simprune.data.decoding import decode_image
 from hf_simprune.data.loading import load_split
 from hf_simprune.data.streams import sample_rows
+from hf_simprune.errors import InputError
 from hf_simprune.evaluation.features import build_image_processor
 from hf_simprune.rba.arguments import AnalyzeArguments
 from hf_simprune.rba.run_images import open_images
@@ -81,6 +83,27 @@ def test_a_split_of_its_own_is_drawn_from_its_own_stream(tmp_path: Path):
     assert not set(content(images.training)) & set(content(images.evaluation))
     assert images.evaluated_on.startswith("34 images of other (train), without ")
     assert len(images.notes) == 3 and "train and other do not both name their classes" in images.notes[2]
+
+
+def test_configuration_and_revision_are_those_of_one_data_set(tmp_path: Path, monkeypatch):
+    """Of another one that is evaluated on they say nothing."""
+    files = {name: FORMATS["parquet"](tmp_path / name, SIZES) for name in ("user-set", "other")}
+    asked = []
+
+    def load(name, split, config_name=None, revision=None, *words, **options):
+        asked.append((Path(name).name, config_name, revision))
+        return load_split(files[Path(name).name], split)
+
+    for module in ("calibration", "run_images"):
+        monkeypatch.setattr(f"hf_simprune.rba.{module}.load_split", load)
+    options = {"dataset_config_name": "small", "dataset_revision": "v1", "calibration_images": 8}
+    args = AnalyzeArguments(output_dir="out", dataset_name_or_path="user-set", eval_split="train", **options)
+    for other, expected in ((None, ("user-set", "small", "v1")), (files["other"], ("other", None, None))):
+        args.eval_dataset_name_or_path = other
+        with suppress(InputError):  # the rows are all the same here
+            open_images(args, PROCESSOR)
+        assert asked == [("user-set", "small", "v1"), expected]
+        asked.clear()
 
 
 def test_an_analysis_is_that_of_the_held_rows_as_a_data_set(tmp_path: Path, monkeypatch, capsys):

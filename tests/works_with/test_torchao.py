@@ -10,7 +10,7 @@ from transformers import AutoModelForImageClassification
 from .conftest import Page
 
 
-pytest.importorskip("torchao", reason="torchao does not install everywhere: `make test-docs` tries")
+pytest.importorskip("torchao", reason="`make test-docs` installs torchao")
 
 
 @torch.no_grad()
