@@ -1,5 +1,6 @@
 # make demo         train the embedded example and check what it learned
-# make test         run the tests, offline, without the long fault tests
+# make test         run the tests, offline
+# make test-ranks   train on two and four processes, whole and sharded, and compare with one
 # make test-docs    run every code block of README and docs
 # make test-faults  kill, starve and mislead runs in every way we know, and count the trials
 # make test-browser  open the page of `hf-simprune explore` in a headless browser (npm fetches it)
@@ -18,7 +19,7 @@ QUIETLY := --quiet --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-docs test-faults test-browser quality types style families
+.PHONY: demo test test-ranks test-docs test-faults test-browser quality types style families
 
 # torch goes first and alone: solved together with the rest, a looser request could fetch a second, far larger build.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -32,7 +33,7 @@ demo: $(INSTALLED)
 
 # Three at a time on two cores: many tests wait for something.
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not faults and not documents"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not faults and not ranks and not documents"
 
 # Apart from the environment, because transformers imports torchao wherever it is, and it prints a page about its kernels.
 $(TORCHAO): $(INSTALLED)
@@ -42,6 +43,9 @@ $(TORCHAO): $(INSTALLED)
 
 test-docs: $(INSTALLED) $(TORCHAO)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/$(TORCHAO)" $(BIN)/python -m pytest -n 2 -m documents tests/docs tests/works_with
+
+test-ranks: $(INSTALLED)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks tests/dino
 
 test-faults: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults

@@ -26,6 +26,7 @@ from .test_online_knn import labelled
 from .tiny_trainings import CASES, image_file, logged, training
 
 
+pytestmark = pytest.mark.ranks
 BANK, QUERIES = 31, 9  # neither divides by two
 
 

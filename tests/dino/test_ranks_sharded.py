@@ -30,6 +30,7 @@ from .on_ranks import on_ranks
 from .tiny_trainings import image_file, logged, training
 
 
+pytestmark = pytest.mark.ranks
 # of each kind of method one: in lockstep, learned gates, learned and merging, calibrated on the teacher; and DINOv2
 CASES = {
     "none": ("dino", "none", {}),
