@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import InputError
+from ..explore.images import ImageSource
 from ..options.common import ALIASES, CheckpointArguments, HubReadingArguments, check_revision
 from ..options.fields import option
 from ..options.parsing import Options
@@ -69,21 +70,36 @@ def run(args: ExploreArguments) -> dict[str, Any]:
     if args.port not in _PORTS:
         raise InputError(f"--port {args.port}: must be from 1 to {_PORTS[-1]}")
     check_revision("model_revision", args.model_revision, model)
-    images = {entry.name: getattr(args, entry.name) for entry in fields(ExploredImages)}
-    dataset = images.pop("dataset_name_or_path")
-    for name, value in images.items():
-        if value is not None and dataset is None:
-            raise InputError(f"--{name} {value}: there is no --dataset that could have it")
-    source = {**images, "model_revision": args.model_revision, "token": args.token}
+    dataset = args.dataset_name_or_path
+    for name in (entry.name for entry in fields(ExploredImages)):
+        if getattr(args, name) is not None and dataset is None:
+            raise InputError(f"--{name} {getattr(args, name)}: there is no --dataset that could have it")
+    source = None
+    if dataset is not None:
+        source = ImageSource(
+            dataset,
+            config_name=args.dataset_config_name,
+            revision=args.dataset_revision,
+            split=args.split,
+            image_column=args.image_column,
+            token=args.token,
+        )
     if args.space is not None:
         from ..explore.space import write_space
 
-        folder = write_space(args.space, model, dataset, **source)
+        folder = write_space(args.space, model, source, model_revision=args.model_revision)
         print(f"{folder} is a Space. Look at it here: cd {shlex.quote(str(folder))} && python app.py")
         words = shlex.join(["hf", "upload", folder.resolve().name, str(folder), ".", "--type", "space"])
         print(f"Upload it: {words}")
         return {"model": model, "space": args.space}
     from ..explore.app import launch
 
-    launch(model, dataset, **source, port=args.port, open_browser=args.open_browser)
+    launch(
+        model,
+        source,
+        model_revision=args.model_revision,
+        token=args.token,
+        port=args.port,
+        open_browser=args.open_browser,
+    )
     return {"model": model, "port": args.port}

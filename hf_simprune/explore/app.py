@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..rba.checkpoint import Checkpoint
     from .explorer import Explorer
+    from .images import ImageSource
 
 DEFAULT_PORT = 7860
 WITHOUT_GRADIO = "explore needs gradio, which is not installed: pip install 'hf-simprune[explore]'"
@@ -39,12 +40,8 @@ _MAPS = [("nothing", "identity"), ("a fold into the block before", "fold")]
 
 def launch(
     model: str,
-    dataset: str | None = None,
+    images: ImageSource | None = None,
     *,
-    dataset_config_name: str | None = None,
-    dataset_revision: str | None = None,
-    split: str | None = None,
-    image_column: str | None = None,
     model_revision: str | None = None,
     token: str | None = None,
     port: int | None = DEFAULT_PORT,
@@ -54,10 +51,7 @@ def launch(
 
     Args:
         model: a folder that `save_pretrained` wrote, or a model on the Hub.
-        dataset: a data set on the Hub, a parquet file or a folder of images; gives examples, and images to measure on.
-        dataset_config_name, dataset_revision: of a data set on the Hub.
-        split: of the data set, "train" if left out.
-        image_column: of the data set, where several would do.
+        images: gives examples, and images to measure on.
         model_revision: branch, tag or commit of a model on the Hub.
         token: of the Hub; by default the one stored by `hf auth login`.
         port: on this machine alone, unless the environment's GRADIO_SERVER_NAME says otherwise; None takes that of
@@ -74,18 +68,9 @@ def launch(
     from ..rba.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(model, model_revision, token)
-    images = None
-    if dataset is not None:
-        images = open_images(
-            dataset,
-            config_name=dataset_config_name,
-            revision=dataset_revision,
-            split=split,
-            image_column=image_column,
-            token=token,
-        )
+    opened = None if images is None else images.open()
     importing.join()
-    page = build_app(checkpoint, images)
+    page = build_app(checkpoint, opened)
     try:
         _, url, _ = page.launch(
             server_port=port, inbrowser=open_browser, quiet=True, prevent_thread_lock=True, **page_options()
@@ -105,28 +90,6 @@ def require_gradio() -> None:
     """Raises InputError where gradio is not installed."""
     if find_spec("gradio") is None:
         raise InputError(WITHOUT_GRADIO)
-
-
-def open_images(
-    dataset: str,
-    *,
-    config_name: str | None = None,
-    revision: str | None = None,
-    split: str | None = None,
-    image_column: str | None = None,
-    token: str | None = None,
-) -> Dataset:
-    """The images of a data set, read from the disk as they are asked for; no other column.
-
-    Raises:
-        InputError: there is no such data set, split or column, or several columns hold images.
-    """
-    from ..data.loading import find_image_column, load_split
-
-    rows = load_split(
-        dataset, split or "train", config_name=config_name, revision=revision, token=token, split_option="--split"
-    )
-    return rows.select_columns(find_image_column(rows, image_column))
 
 
 def page_options() -> dict[str, Any]:

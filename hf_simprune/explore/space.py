@@ -18,7 +18,8 @@ from ..errors import InputError
 from ..hub.shared_files import home_warnings, shared_form
 from ..options.common import check_revision
 from ..rba.output import building
-from .app import WITHOUT_GRADIO, open_images
+from .app import WITHOUT_GRADIO
+from .images import ImageSource
 
 
 SPACE_IMAGES = 64
@@ -29,6 +30,7 @@ _MODEL_FILES = ("*.json", "*.safetensors", "README.md", "LICENSE*")
 _APP = '''"""The page of `hf-simprune explore` as a Space."""
 
 from hf_simprune.explore.app import launch
+from hf_simprune.explore.images import ImageSource
 
 
 if __name__ == "__main__":
@@ -49,14 +51,9 @@ This folder was written by `hf-simprune explore --space` and holds all it needs{
 def write_space(
     folder: str | Path,
     model: str,
-    dataset: str | None = None,
+    images: ImageSource | None = None,
     *,
-    dataset_config_name: str | None = None,
-    dataset_revision: str | None = None,
-    split: str | None = None,
-    image_column: str | None = None,
     model_revision: str | None = None,
-    token: str | None = None,
 ) -> Path:
     """Write a folder that shows `hf-simprune explore` when it is uploaded as a Space, or run by `python app.py`.
 
@@ -66,10 +63,8 @@ def write_space(
     Args:
         folder: to write; it must not be there, or be empty.
         model: a folder that `save_pretrained` wrote, which is copied, or a model on the Hub, which is named.
-        dataset, dataset_config_name, dataset_revision, split, image_column: as `launch` takes them; the images will
-            be as public as the Space.
+        images: will be as public as the Space.
         model_revision: branch, tag or commit of a model on the Hub.
-        token: to read the data set with; it is not written into the folder.
 
     Returns:
         The folder.
@@ -93,18 +88,7 @@ def write_space(
         raise InputError(f"MODEL {model}: that folder holds no config.json, so it is no saved model")
     if not local and (source.exists() or len(source.parts) != 2):
         raise InputError(f"MODEL {model}: a folder that save_pretrained wrote or a Hub name user/model is needed")
-    images = None
-    if dataset is not None:
-        images = _encoded(
-            open_images(
-                dataset,
-                config_name=dataset_config_name,
-                revision=dataset_revision,
-                split=split,
-                image_column=image_column,
-                token=token,
-            )
-        )
+    encoded = None if images is None else _encoded(images.open())
     name = source.resolve().name if local else source.name
     with building(str(target), option="--space") as partial:
         _copy_package(partial / _PACKAGE.name)
@@ -112,17 +96,17 @@ def write_space(
             _copy_model(source, partial / _MODELS / name)
             for warning in home_warnings(source, (path.name for path in (partial / _MODELS / name).iterdir())):
                 warnings.warn(f"{model}: {warning}", stacklevel=2)
-        if images is not None:
-            pyarrow.parquet.write_table(pyarrow.table({"image": images}), partial / _IMAGES)
+        if encoded is not None:
+            pyarrow.parquet.write_table(pyarrow.table({"image": encoded}), partial / _IMAGES)
         shown = f"{_MODELS}/{name}" if local else model
         app = _APP.format(
             model=json.dumps(shown),
-            images=None if images is None else json.dumps(_IMAGES),
+            images=None if encoded is None else f"ImageSource({json.dumps(_IMAGES)})",
             revision="" if local or model_revision is None else f"model_revision={json.dumps(model_revision)}, ",
         )
         (partial / "app.py").write_text(app, encoding="utf-8")
         (partial / "requirements.txt").write_text("".join(f"{line}\n" for line in _requirements()), encoding="utf-8")
-        (partial / "README.md").write_text(_card(name, None if local else model, gradio, images), encoding="utf-8")
+        (partial / "README.md").write_text(_card(name, None if local else model, gradio, encoded), encoding="utf-8")
         (partial / ".gitattributes").write_text(_LARGE_FILES, encoding="utf-8")
         (partial / ".gitignore").write_text(_LEFT_BY_RUNNING, encoding="utf-8")
     return target

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from hf_simprune.cli import main
+from hf_simprune.explore.images import ImageSource
 from hf_simprune.hub import publish
 
 
@@ -60,16 +61,14 @@ def test_explore_hands_everything_on(monkeypatch, tmp_path, capsys):
     space.write_space = lambda *words, **options: calls.append((words, options)) or tmp_path
     monkeypatch.setitem(sys.modules, "hf_simprune.explore.app", app)
     monkeypatch.setitem(sys.modules, "hf_simprune.explore.space", space)
-    source = {
-        "model_revision": "v1", "dataset_config_name": "small", "dataset_revision": "v2", "split": "test",
-        "image_column": "photo", "token": "hf_x",
-    }  # fmt: skip
-    words = ["explore", "net", "--dataset", "images"]
-    words += [word for name, value in source.items() for word in (f"--{name}", value)]
+    words = ["explore", "net", "--dataset", "images", "--model_revision", "v1", "--dataset_config_name", "small"]
+    words += ["--dataset_revision", "v2", "--split", "test", "--image_column", "photo", "--token", "hf_x"]
+    source = ImageSource("images", "small", "v2", "test", "photo", "hf_x")
     assert main([*words, "--port", "8000", "--open-browser", "false"]) == 0
-    assert calls.pop() == (("net", "images"), source | {"port": 8000, "open_browser": False})
+    options = {"model_revision": "v1", "token": "hf_x", "port": 8000, "open_browser": False}
+    assert calls.pop() == (("net", source), options)
     assert main([*words, "--space", str(tmp_path), "--json"]) == 0
-    assert calls.pop() == ((str(tmp_path), "net", "images"), source)
+    assert calls.pop() == ((str(tmp_path), "net", source), {"model_revision": "v1"})
     told = capsys.readouterr()
     assert json.loads(told.out) == {"model": "net", "space": str(tmp_path)}
     assert f"hf upload {tmp_path.name} {tmp_path} . --type space" in told.err

@@ -33,9 +33,10 @@ LOADED_WITHIN = 3.0  # seconds
 @pytest.fixture(scope="module")
 def address(tmp_path_factory, model_folder, data_set) -> Iterator[str]:
     """Where a Space is served by a process that has its folder and nothing else of this project."""
+    from hf_simprune.explore.images import ImageSource
     from hf_simprune.explore.space import write_space
 
-    folder = write_space(tmp_path_factory.mktemp("page") / "space", str(model_folder), data_set)
+    folder = write_space(tmp_path_factory.mktemp("page") / "space", str(model_folder), ImageSource(data_set))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
